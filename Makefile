@@ -1,0 +1,30 @@
+# make install | train | test. Each sets up what it needs; PYTHON=... chooses the interpreter, VENV=... the folder.
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+  "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+BIN = $(VENV)/bin
+
+.PHONY: install train test
+
+install: $(VENV)/.installed
+
+# Done anew only when what is to be installed has changed. A venv whose Python has gone is made afresh.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  python='$(PYTHON)'; \
+	  [ -n "$$python" ] || { echo 'No Python 3.11 or later found; name one with make PYTHON=...' >&2; exit 2; }; \
+	  "$$python" -m venv --clear $(VENV); }
+	@echo 'installing the dependencies into $(VENV), about a minute'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+train: install
+	@start=$$(date +%s); \
+	$(BIN)/python train.py --config=configs/mla_small.py && \
+	echo "make train: $$(($$(date +%s) - start)) s after the installation"
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest

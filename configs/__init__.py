@@ -1,0 +1,1 @@
+"""Every run's values, and why. A config holds no logic."""

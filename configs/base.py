@@ -1,0 +1,52 @@
+"""The fields every config has, with the defaults all arms share; see configs/mla_small.py for a run."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  return ConfigDict({
+      # Attention: what differs between the arms.
+      'attention': 'mha',  # mha | gqa | mqa | mla
+      'num_heads': 4,  # H
+      'head_dim': 32,  # N: a head's dims; for mla those without position
+      'value_head_dim': 0,  # V; 0 means head_dim
+      'num_kv_heads': 0,  # K, gqa only; mha has H of them, mqa 1
+      'latent_dim': 0,  # C, mla only: the width of the cached latent
+      'rope_dim': 0,  # R: for mla the shared rotary key; else how many of head_dim rotate, 0 means all
+      'query_latent_dim': 0,  # Q, mla only; 0 means queries are projected straight from the input
+      # The rest of the model.
+      'num_layers': 4,  # L
+      'd_model': 128,  # D
+      'ffn_dim': 0,  # F; 0 solves it so that non-embedding parameters meet param_budget
+      'param_budget': 800_000,
+      'rope_base': 10_000.0,
+      # Training.
+      'seq_len': 256,
+      'batch_size': 16,
+      'accumulation_steps': 1,  # micro-batches whose gradients make one step
+      'num_steps': 800,
+      'learning_rate': 3e-3,
+      'warmup_steps': 40,
+      'weight_decay': 0.1,
+      'grad_clip': 1.0,
+      'dtype': 'float32',  # of the computation: float32 | bfloat16; parameters stay float32
+      'remat': 'none',  # none | latents (keep what the cache would keep, recompute the rest) | full
+      'seed': 0,
+      # What is written, and how often (in steps).
+      'eval_every': 200,
+      'checkpoint_every': 200,
+      'checkpoints_kept': 3,
+      'log_every': 10,
+      'data': {
+          'dataset': 'sotu',  # the embedded corpus, or any TFDS text dataset prepared as array_record
+          'text_key': 'text',
+          'validation_split': 'validation',
+          'data_dir': '',  # where datasets are prepared; '' means $TFDS_DATA_DIR or ~/tensorflow_datasets
+          'files': '',  # a glob of UTF-8 text files to train on instead of `dataset`
+          'validation_files': '',  # likewise; '' holds out the last tenth of each of `files`
+          'tokenizer': 'bytes',  # bytes | bpe:VOCAB
+          'eval_tokens': 131_072,  # of the validation split, for the evaluations while training
+      },
+      # Devices along each axis of the mesh; -1 takes what the others leave.
+      'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},
+  })

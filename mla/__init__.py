@@ -1,0 +1,1 @@
+"""A laboratory for KV-cache compression: one transformer, four attentions behind one switch."""

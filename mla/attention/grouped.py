@@ -1,0 +1,62 @@
+"""Multi-head, grouped-query and multi-query attention: one module, K = H, G or 1 key/value heads."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from mla.attention.kernels import cached_attention, causal_attention
+from mla.attention.rope import rope
+from mla.cache import Shapes, Stored
+from mla.layers import project, weight
+
+
+class GroupedAttention(nnx.Module):
+  """Vaswani et al. 2017 (K=H), Ainslie et al. 2023 (1<K<H), Shazeer 2019 (K=1), with RoPE.
+
+  Keeps 2 K N elements a token and layer when V = N.
+  """
+
+  def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
+    D, H, N = config.d_model, config.num_heads, config.head_dim
+    K = {'mha': H, 'mqa': 1}.get(config.attention, config.num_kv_heads)
+    V = config.value_head_dim or N
+    self.rotated = config.rope_dim or N
+    self.rope_base = config.rope_base
+    self.shapes = nnx.static({'k': (K, N), 'v': (K, V)})
+    self.scale = N**-0.5
+    self.w_q = weight(rngs, fan_in=D, D=D, H=H, N=N)
+    self.w_k = weight(rngs, fan_in=D, D=D, K=K, N=N)
+    self.w_v = weight(rngs, fan_in=D, D=D, K=K, V=V)
+    self.w_o = weight(rngs, fan_in=H * V, scale=(2 * config.num_layers) ** -0.5, H=H, V=V, D=D)
+
+  def cache_shapes(self) -> Shapes:
+    return self.shapes
+
+  def compress(
+    self, x: Float[Array, 'B T D'], positions: Int[Array, '#B T']
+  ) -> dict[str, Array]:
+    """What the cache keeps of each token: rotated keys [B,T,K,N] and values [B,T,K,V]."""
+    return {'k': self._rotate(project(x, self.w_k), positions), 'v': project(x, self.w_v)}
+
+  def attend(
+    self, x: Float[Array, 'B T D'], entries: dict[str, Array], positions: Int[Array, '#B T']
+  ) -> Float[Array, 'B T D']:
+    """Every token attends to those before it, in parallel."""
+    q = self._rotate(project(x, self.w_q), positions)
+    out = causal_attention(q, entries['k'], entries['v'], scale=self.scale)
+    return project(out, self.w_o, inputs=2)
+
+  def attend_cached(
+    self, x: Float[Array, 'B T D'], cached: dict[str, Stored], positions: Int[Array, 'B T']
+  ) -> Float[Array, 'B T D']:
+    """The T newest tokens, already in the cache, attend to all it holds."""
+    q = self._rotate(project(x, self.w_q), positions)
+    out = cached_attention([q], [cached['k']], cached['v'], positions, scale=self.scale)
+    return project(out, self.w_o, inputs=2)
+
+  def _rotate(self, heads: Array, positions: Array) -> Array:
+    if self.rotated == heads.shape[-1]:
+      return rope(heads, positions, self.rope_base)
+    turned, kept = heads[..., : self.rotated], heads[..., self.rotated :]
+    return jnp.concatenate([rope(turned, positions, self.rope_base), kept], axis=-1)

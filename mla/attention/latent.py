@@ -1,0 +1,96 @@
+"""Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434, section 2.1 and appendix C).
+
+The cache keeps, per token and layer, the normed latent [C] and one rotary key [R] shared by all
+heads. Training and prefill expand the latent to keys and values per head. Decoding never does: the
+up-projections are absorbed into the query and the output, and attention runs in the latent space,
+which is the same function because the products associate:
+
+  <q_h, W_uk_h c> = <W_uk_h^T q_h, c>      and      sum_s a_s W_uv_h c_s = W_uv_h (sum_s a_s c_s)
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from mla.attention.kernels import cached_attention, causal_attention
+from mla.attention.rope import rope
+from mla.cache import Shapes, Stored
+from mla.layers import RMSNorm, project, weight
+
+
+class LatentAttention(nnx.Module):
+  """Weights carry the paper's names; shapes are in the house's axis letters."""
+
+  def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
+    D, H, N, R = config.d_model, config.num_heads, config.head_dim, config.rope_dim
+    C, Q = config.latent_dim, config.query_latent_dim
+    V = config.value_head_dim or N
+    self.rope_base = config.rope_base
+    self.nope_dim = N
+    self.shapes = nnx.static({'latent': (C,), 'k_rope': (R,)})
+    self.scale = (N + R) ** -0.5
+    self.w_dkv = weight(rngs, fan_in=D, D=D, C=C)
+    # The norm fixes the latent's scale, so that a sweep over C does not sweep that of k and v too.
+    self.latent_norm = RMSNorm(C=C)
+    self.w_uk = weight(rngs, fan_in=C, C=C, H=H, N=N)
+    self.w_uv = weight(rngs, fan_in=C, C=C, H=H, V=V)
+    self.w_kr = weight(rngs, fan_in=D, D=D, R=R)
+    if Q:
+      self.w_dq = weight(rngs, fan_in=D, D=D, Q=Q)
+      self.query_norm = RMSNorm(Q=Q)
+      self.w_uq = weight(rngs, fan_in=Q, Q=Q, H=H, N=N + R)
+    else:
+      self.w_q = weight(rngs, fan_in=D, D=D, H=H, N=N + R)
+    self.w_o = weight(rngs, fan_in=H * V, scale=(2 * config.num_layers) ** -0.5, H=H, V=V, D=D)
+
+  def cache_shapes(self) -> Shapes:
+    return self.shapes
+
+  def compress(
+    self, x: Float[Array, 'B T D'], positions: Int[Array, '#B T']
+  ) -> dict[str, Array]:
+    """What the cache keeps of each token: normed latent [B,T,C] and rotated key [B,T,R] (eq. 9, 15)."""
+    latent = self.latent_norm(project(x, self.w_dkv))
+    return {'latent': latent, 'k_rope': rope(project(x, self.w_kr), positions, self.rope_base)}
+
+  def attend(
+    self, x: Float[Array, 'B T D'], entries: dict[str, Array], positions: Int[Array, '#B T']
+  ) -> Float[Array, 'B T D']:
+    """Expanded: every token attends to those before it through keys and values per head (eq. 10-19)."""
+    q = jnp.concatenate(self._queries(x, positions), axis=-1)
+    k_nope = project(entries['latent'], self.w_uk)
+    k_rope = entries['k_rope'][:, :, None, :]
+    k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], k_rope.shape[-1]))
+    k = jnp.concatenate([k_nope, k_rope], axis=-1)
+    v = project(entries['latent'], self.w_uv)
+    return project(causal_attention(q, k, v, scale=self.scale), self.w_o, inputs=2)
+
+  def attend_cached(
+    self, x: Float[Array, 'B T D'], cached: dict[str, Stored], positions: Int[Array, 'B T']
+  ) -> Float[Array, 'B T D']:
+    """Absorbed: the T newest tokens, already in the cache, attend to its latents as they lie there."""
+    q_nope, q_rope = self._queries(x, positions)
+    q_latent = jnp.einsum('bthn,chn->bthc', q_nope, self.w_uk[...].astype(x.dtype))
+    latent, k_rope = _one_head(cached['latent']), _one_head(cached['k_rope'])
+    mixed = cached_attention(
+      [q_latent, q_rope], [latent, k_rope], latent, positions, scale=self.scale
+    )
+    out = jnp.einsum('bthc,chv->bthv', mixed, self.w_uv[...].astype(x.dtype))
+    return project(out, self.w_o, inputs=2)
+
+  def _queries(
+    self, x: Float[Array, 'B T D'], positions: Int[Array, '#B T']
+  ) -> tuple[Float[Array, 'B T H N'], Float[Array, 'B T H R']]:
+    """The position-free and the rotary part of each head's query (eq. 12-14, 37-38)."""
+    if hasattr(self, 'w_q'):
+      q = project(x, self.w_q)
+    else:
+      q = project(self.query_norm(project(x, self.w_dq)), self.w_uq)
+    return q[..., : self.nope_dim], rope(q[..., self.nope_dim :], positions, self.rope_base)
+
+
+def _one_head(stored: Stored) -> Stored:
+  """[B, S, dims] as [B, 1, S, dims]: all query heads read the same vectors."""
+  scale = None if stored.scale is None else stored.scale[:, None]
+  return Stored(stored.values[:, None], scale)

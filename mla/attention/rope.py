@@ -1,0 +1,21 @@
+"""Rotary position embedding."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def rope(
+  x: Float[Array, 'B T *heads R'], positions: Int[Array, '#B T'], base: float
+) -> Float[Array, 'B T *heads R']:
+  """Rotates x by its tokens' positions (Su et al. 2021, arXiv 2104.09864).
+
+  Half-split layout, as in Llama: dims i and i + R/2 form a pair, turning by base^(-2i/R) radians a
+  token. R is even. Angles are float32 whatever x's dtype.
+  """
+  half = x.shape[-1] // 2
+  frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angles = positions[..., None].astype(jnp.float32) * frequencies
+  angles = angles.reshape(*angles.shape[:2], *(1,) * (x.ndim - 3), half)
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  a, b = x[..., :half], x[..., half:]
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,101 @@
+"""The arrays a variant keeps for each token: allocate, append, quantise, count their bytes.
+
+A variant names the vectors it keeps per token, e.g. {'latent': (C,), 'k_rope': (R,)}; each becomes
+one array a layer, allocated once and written in place (donate the cache to the jitted step). Slot s
+of a row holds that row's token of position s, so rows of different lengths share one batch.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+DTYPES = ('float32', 'bfloat16', 'int8')
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Per token and layer: the name and shape of each thing kept; the last axis is one vector."""
+
+
+class Stored(NamedTuple):
+  """One cached array of one layer. S lies next to the vectors, so that a head reads one block."""
+
+  values: Array  # [B, *heads, S, dims]
+  scale: Float[Array, 'B *heads S'] | None  # int8 only: one float32 a stored vector
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """What the model remembers of a batch: per layer the variant's arrays; and tokens held per row."""
+
+  layers: tuple[dict[str, Stored], ...]
+  lengths: Int[Array, ' B']
+
+  @property
+  def slots(self) -> int:
+    return next(iter(self.layers[0].values())).values.shape[-2]
+
+  def nbytes(self) -> int:
+    """Bytes of the allocated arrays, scales included."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(self.layers))
+
+  def bytes_per_token(self) -> float:
+    """Bytes of the allocated arrays over the token slots they were allocated for."""
+    return self.nbytes() / (self.lengths.shape[0] * self.slots)
+
+
+def allocate(shapes: Shapes, *, num_layers: int, batch: int, slots: int, dtype: str) -> Cache:
+  """An empty cache of `slots` tokens for each of `batch` rows; dtype is one of DTYPES."""
+  if dtype not in DTYPES:
+    raise ValueError(f'cache dtype must be one of {", ".join(DTYPES)}; got {dtype!r}')
+
+  def array(shape: tuple[int, ...]) -> Stored:
+    *heads, dims = shape
+    scale = jnp.zeros((batch, *heads, slots), jnp.float32) if dtype == 'int8' else None
+    return Stored(jnp.zeros((batch, *heads, slots, dims), dtype), scale)
+
+  layers = tuple(
+    {name: array(shape) for name, shape in shapes.items()} for _ in range(num_layers)
+  )
+  return Cache(layers, jnp.zeros(batch, jnp.int32))
+
+
+def append(
+  layer: dict[str, Stored], entries: Mapping[str, Array], starts: Int[Array, ' B']
+) -> dict[str, Stored]:
+  """Writes each row's T new tokens into the slots from starts[b] on.
+
+  entries[name] is [B, T, *shape]. The caller sees to it that they fit: XLA would shift a write that
+  runs over the end instead of failing.
+  """
+  return {name: _write(layer[name], entries[name], starts) for name in layer}
+
+
+def _write(stored: Stored, new: Array, starts: Int[Array, ' B']) -> Stored:
+  new = jnp.moveaxis(new, 1, -2)  # [B, T, *heads, dims] -> [B, *heads, T, dims]
+  if stored.scale is None:
+    return Stored(_put(stored.values, new, starts, axis=-2), None)
+  values, scale = quantise(new)
+  return Stored(
+    _put(stored.values, values, starts, axis=-2), _put(stored.scale, scale, starts, axis=-1)
+  )
+
+
+def _put(into: Array, new: Array, starts: Array, axis: int) -> Array:
+  def row(into: Array, new: Array, start: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(into, new.astype(into.dtype), start, axis)
+
+  return jax.vmap(row)(into, new, starts)
+
+
+def quantise(
+  x: Float[Array, '*vectors dims'],
+) -> tuple[Int[Array, '*vectors dims'], Float[Array, '*vectors']]:
+  """Symmetric int8 with one float32 scale a vector: x ~ values * scale, off by at most scale / 2."""
+  wide = x.astype(jnp.float32)
+  scale = jnp.max(jnp.abs(wide), axis=-1) / 127
+  values = jnp.round(wide / jnp.where(scale == 0, 1, scale)[..., None])
+  return values.astype(jnp.int8), scale

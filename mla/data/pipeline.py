@@ -1,0 +1,104 @@
+"""Tokens to batches, through Grain: deterministic, resumable, disjoint between processes."""
+
+import hashlib
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Int
+from ml_collections import ConfigDict
+
+from mla.data import corpora
+from mla.data.tokenizers import Tokenizer, make_tokenizer
+from mla.errors import UserError
+
+
+class TokenStream(NamedTuple):
+  """Every document as BOS and its tokens, one after another."""
+
+  tokens: Int[np.ndarray, ' n']
+
+
+class Data(NamedTuple):
+  tokenizer: Tokenizer
+  train: TokenStream
+  validation: TokenStream
+  digest: str  # identifies both streams
+
+
+class EvalWindows(NamedTuple):
+  tokens: Int[np.ndarray, 'W window']  # seq_len + 1 wide
+  mask: Bool[np.ndarray, 'W T']  # the targets that are real
+
+
+def load_data(config: ConfigDict) -> Data:
+  """The tokenizer and both streams that config.data names; UserError if they cannot be had."""
+  train, validation = (corpora.load_documents(config.data, s) for s in ('train', 'validation'))
+  cache_dir = corpora.data_dir(config.data) / 'mla_tokenizers'
+  tokenizer = make_tokenizer(config.data.tokenizer, train, cache_dir)
+  parts = (corpora.digest(train), corpora.digest(validation), tokenizer.digest)
+  return Data(
+    tokenizer,
+    make_stream(train, tokenizer),
+    make_stream(validation, tokenizer),
+    hashlib.sha256(' '.join(parts).encode()).hexdigest(),
+  )
+
+
+def make_stream(documents: list[str], tokenizer: Tokenizer) -> TokenStream:
+  bos = np.array([tokenizer.bos], np.int32)
+  return TokenStream(
+    np.concatenate([part for text in documents for part in (bos, tokenizer.encode(text))])
+  )
+
+
+def train_batches(
+  stream: TokenStream,
+  *,
+  seq_len: int,
+  batch_size: int,
+  seed: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> grain.DatasetIterator:
+  """Endless batches of this process's windows, int32 [batch_size / process_count, seq_len + 1].
+
+  Windows lie at stride seq_len and are shuffled anew each epoch. Together the processes see, step by
+  step, exactly the batches that one alone would. The position is a single number, saved with
+  grain.checkpoint.CheckpointSave.
+  """
+  if batch_size % process_count:
+    raise UserError(f'batch_size={batch_size}: does not split over {process_count} processes')
+  count = (len(stream.tokens) - 1) // seq_len
+  if count < batch_size:
+    raise UserError(
+      f'batch_size={batch_size}: the training text has only {max(count, 0)} windows of '
+      f'seq_len={seq_len}; take more text, or lower one of them'
+    )
+  views = np.lib.stride_tricks.sliding_window_view(stream.tokens, seq_len + 1)[::seq_len]
+  order = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+  batches = order[process_index::process_count].batch(batch_size // process_count)
+  batches = batches.map(lambda indices: views[indices])
+  # The text is in memory: threads would only cost.
+  return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def eval_windows(
+  stream: TokenStream, *, seq_len: int, max_tokens: int | None = None
+) -> EvalWindows:
+  """Windows in which every token but the first is a target exactly once; the last is padded.
+
+  With max_tokens: about that many targets in whole windows, evenly spread.
+  """
+  targets = len(stream.tokens) - 1
+  if targets < 1:
+    raise UserError('data: the validation text holds no token to predict; take more text')
+  count = -(-targets // seq_len)
+  padded = np.zeros(count * seq_len + 1, np.int32)
+  padded[: targets + 1] = stream.tokens
+  tokens = np.lib.stride_tricks.sliding_window_view(padded, seq_len + 1)[::seq_len]
+  mask = (np.arange(count * seq_len) < targets).reshape(count, seq_len)
+  if max_tokens is not None and max_tokens < targets:
+    chosen = np.linspace(0, count - 1, max(1, max_tokens // seq_len)).astype(int)
+    return EvalWindows(tokens[chosen], mask[chosen])
+  return EvalWindows(tokens, mask)

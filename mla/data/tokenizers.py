@@ -1,0 +1,138 @@
+"""Bytes, or SentencePiece BPE. Both are lossless: decode(encode(text)) is text."""
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Int
+
+from mla.data import corpora
+from mla.errors import UserError
+
+SPACE = '\u2581'  # what SentencePiece writes for a space; a text that has it itself is cut there
+LONGEST_PIECE = 1000  # characters of one training sentence; SentencePiece drops overlong ones
+
+
+class Tokenizer(Protocol):
+  vocab_size: int
+  bos: int  # starts every document; stands for no text
+  digest: str  # identifies the tokenizer
+  byte_lengths: Int[np.ndarray, ' vocab']  # UTF-8 bytes each token stands for
+
+  def encode(self, text: str) -> Int[np.ndarray, ' n']: ...
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """BOS is skipped; bytes that are no UTF-8 become U+FFFD."""
+
+
+class ByteTokenizer:
+  """A token a byte, and BOS."""
+
+  vocab_size = 257
+  bos = 256
+  digest = 'bytes'
+  byte_lengths = np.array([1] * 256 + [0], np.int32)
+
+  def encode(self, text: str) -> Int[np.ndarray, ' n']:
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    return bytes(int(i) for i in ids if i != self.bos).decode(errors='replace')
+
+
+class BpeTokenizer:
+  """SentencePiece BPE with byte fallback and no normalisation."""
+
+  def __init__(self, model: bytes):
+    self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    self.vocab_size = self._processor.vocab_size()
+    self.bos = self._processor.bos_id()
+    self.digest = hashlib.sha256(model).hexdigest()
+    self._bytes = [self._text_of(i) for i in range(self.vocab_size)]
+    self.byte_lengths = np.array([len(raw) for raw in self._bytes], np.int32)
+    self._space = [self._processor.piece_to_id(f'<0x{byte:02X}>') for byte in SPACE.encode()]
+
+  def _text_of(self, token: int) -> bytes:
+    if self._processor.is_byte(token):
+      return bytes([int(self._processor.id_to_piece(token)[3:5], 16)])
+    if self._processor.is_control(token) or self._processor.is_unknown(token):
+      return b''
+    return self._processor.id_to_piece(token).replace(SPACE, ' ').encode()
+
+  def encode(self, text: str) -> Int[np.ndarray, ' n']:
+    first, *rest = self._processor.encode(text.split(SPACE))
+    ids = first + [i for part in rest for i in (*self._space, *part)]
+    return np.array(ids, np.int32)
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    return b''.join(self._bytes[int(i)] for i in ids).decode(errors='replace')
+
+
+def make_tokenizer(spec: str, train_documents: Sequence[str], cache_dir: Path) -> Tokenizer:
+  """`bytes`, or `bpe:VOCAB` trained once on train_documents and kept in cache_dir."""
+  if spec == 'bytes':
+    return ByteTokenizer()
+  match = re.fullmatch(r'bpe:(\d{1,7})', spec)
+  if not match:
+    raise UserError(f'data.tokenizer={spec}: choose bytes, or bpe:VOCAB such as bpe:4096')
+  vocab = int(match[1])
+  settings = f'{spec} {sentencepiece.__version__} {corpora.digest(train_documents)}'
+  path = cache_dir / f'bpe_{vocab}_{hashlib.sha256(settings.encode()).hexdigest()[:16]}.model'
+  try:
+    return BpeTokenizer(path.read_bytes())
+  except (OSError, RuntimeError):  # not there, or not whole
+    model = _train_bpe(train_documents, vocab)
+  _write_whole(path, model)
+  return BpeTokenizer(model)
+
+
+def _train_bpe(documents: Sequence[str], vocab: int) -> bytes:
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=_sentences(documents),
+      model_writer=model,
+      model_type='bpe',
+      vocab_size=vocab,
+      byte_fallback=True,
+      normalization_rule_name='identity',
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      unk_id=0,
+      bos_id=1,
+      eos_id=-1,
+      pad_id=-1,
+      num_threads=1,  # the same model every time
+      minloglevel=3,
+    )
+  except RuntimeError as error:
+    raise UserError(
+      f'data.tokenizer=bpe:{vocab}: this text cannot fill such a vocabulary '
+      f'({str(error).splitlines()[-1][-160:]}); choose a size between 300 and a few thousand'
+    ) from error
+  return model.getvalue()
+
+
+def _sentences(documents: Sequence[str]) -> Iterator[str]:
+  for document in documents:
+    for line in re.split(f'[\n{SPACE}]', document):
+      yield from (line[i : i + LONGEST_PIECE] for i in range(0, len(line), LONGEST_PIECE))
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f'.{os.getpid()}.tmp')
+    draft.write_bytes(content)
+    os.replace(draft, path)
+  except OSError as error:
+    raise UserError(
+      f'data.data_dir: cannot keep the tokenizer in {path.parent} ({error.strerror}); choose a '
+      'folder that can be written'
+    ) from error

@@ -1,0 +1,272 @@
+"""The decoder: embed, scanned blocks, norm, logits; and the four ways to run it.
+
+forward   all tokens at once                         training, and the reference for the rest
+prefill   the same, and fills a cache                a prompt
+decode    the newest tokens, through the cache       one token or a chunk
+generate  prefill, then decode in one compiled loop
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, Key
+from ml_collections import ConfigDict
+
+from mla import cache as cache_lib
+from mla.attention import make_attention
+from mla.cache import Cache
+from mla.layers import RMSNorm, project, weight
+from mla.sharding import constrain
+
+
+class FeedForward(nnx.Module):
+  """SwiGLU (Shazeer 2020, arXiv 2002.05202): (silu(x W_gate) * x W_up) W_down."""
+
+  def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
+    D, F = config.d_model, config.ffn_dim
+    self.w_gate = weight(rngs, fan_in=D, D=D, F=F)
+    self.w_up = weight(rngs, fan_in=D, D=D, F=F)
+    self.w_down = weight(rngs, fan_in=F, scale=(2 * config.num_layers) ** -0.5, F=F, D=D)
+
+  def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+    return project(jax.nn.silu(project(x, self.w_gate)) * project(x, self.w_up), self.w_down)
+
+
+class Block(nnx.Module):
+  def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
+    self.attention_norm = RMSNorm(D=config.d_model)
+    self.attention = make_attention(config, rngs)
+    self.ffn_norm = RMSNorm(D=config.d_model)
+    self.ffn = FeedForward(config, rngs)
+
+  def parallel(
+    self, x: Float[Array, 'B T D'], positions: Int[Array, '#B T']
+  ) -> tuple[Float[Array, 'B T D'], dict[str, Array]]:
+    """All tokens at once; also returns what a cache would keep of them."""
+    x = constrain(x, 'B', 'T', 'D_whole')
+    h = self.attention_norm(x)
+    entries = self.attention.compress(h, positions)
+    entries = {name: checkpoint_name(entry, 'latents') for name, entry in entries.items()}
+    x = x + self.attention.attend(h, entries, positions)
+    return x + self.ffn(self.ffn_norm(x)), entries
+
+  def cached(
+    self, x: Float[Array, 'B T D'], layer: dict, positions: Int[Array, 'B T']
+  ) -> tuple[Float[Array, 'B T D'], dict]:
+    """The newest tokens: written to the cache first, so that they too are seen as it keeps them."""
+    h = self.attention_norm(x)
+    entries = self.attention.compress(h, positions)
+    layer = cache_lib.append(layer, entries, positions[:, 0])
+    x = x + self.attention.attend_cached(h, layer, positions)
+    return x + self.ffn(self.ffn_norm(x)), layer
+
+
+REMAT_POLICIES = {
+  'full': jax.checkpoint_policies.nothing_saveable,
+  # Keep what the cache would keep (MLA: C + R elements a token and layer), recompute the rest;
+  # DeepSeek-V3 (arXiv 2412.19437, section 3.2.3) does this with its up-projections.
+  'latents': jax.checkpoint_policies.save_only_these_names('latents'),
+}
+
+
+class Decoder(nnx.Module):
+  """A decoder-only transformer; parameters float32, computation in config.dtype, logits float32."""
+
+  def __init__(self, config: ConfigDict, vocab: int, rngs: nnx.Rngs):
+    D = config.d_model
+    self.dtype = jnp.dtype(config.dtype)
+    self.remat = config.remat
+    self.num_layers = config.num_layers
+    self.embedding = weight(rngs, fan_in=D, vocab=vocab, D=D)
+    self.blocks = _stack(config, rngs)
+    self.norm = RMSNorm(D=D)
+    self.w_out = weight(rngs, fan_in=D, D=D, vocab=vocab)
+
+  def embed(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
+    return self.embedding[...][tokens].astype(self.dtype)
+
+  def logits(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T vocab']:
+    return project(self.norm(x), self.w_out).astype(jnp.float32)
+
+  def layers(self) -> Iterator[Block]:
+    """The blocks one by one, for decoding: each layer's cache is an array of its own."""
+    graphdef, stacked = nnx.split(self.blocks)
+    for index in range(self.num_layers):
+      yield nnx.merge(graphdef, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
+
+
+def _stack(config: ConfigDict, rngs: nnx.Rngs) -> Block:
+  """All blocks as one, each weight with a leading L axis for the scan."""
+
+  @nnx.split_rngs(splits=config.num_layers)
+  @nnx.vmap
+  def create(rngs: nnx.Rngs) -> Block:
+    return Block(config, rngs)
+
+  blocks = create(rngs)
+  for _, leaf in nnx.iter_graph(blocks):
+    if isinstance(leaf, nnx.Param):
+      leaf.set_metadata('axes', ('L', *leaf.get_metadata('axes')))
+  return blocks
+
+
+def make_model(config: ConfigDict, vocab: int) -> Decoder:
+  """A freshly drawn model. With ffn_dim=0 the feed-forward width is solved to meet param_budget."""
+  config = config.copy_and_resolve_references()
+  config.ffn_dim = config.ffn_dim or solve_ffn_dim(config)
+  return Decoder(config, vocab, nnx.Rngs(params=config.seed))
+
+
+def forward(model: Decoder, tokens: Int[Array, 'B T']) -> Float[Array, 'B T vocab']:
+  """Logits of every token's successor, all positions in parallel."""
+  return _parallel(model, tokens)[0]
+
+
+def _parallel(model: Decoder, tokens: Array) -> tuple[Array, dict[str, Array]]:
+  """Logits, and what a cache would keep: entries[name] is [L, B, T, *shape]."""
+  positions = jnp.arange(tokens.shape[1])[None]
+  graphdef, stacked = nnx.split(model.blocks)
+
+  def block(x, leaves):
+    return nnx.merge(graphdef, leaves).parallel(x, positions)
+
+  if model.remat != 'none':
+    block = jax.checkpoint(block, policy=REMAT_POLICIES[model.remat], prevent_cse=False)
+  x, entries = jax.lax.scan(block, model.embed(tokens), stacked)
+  return model.logits(x), entries
+
+
+def allocate_cache(model: Decoder, *, batch: int, slots: int, dtype: str) -> Cache:
+  """An empty cache for this model; dtype is one of cache.DTYPES."""
+  shapes = model.blocks.attention.cache_shapes()
+  return cache_lib.allocate(
+    shapes, num_layers=model.num_layers, batch=batch, slots=slots, dtype=dtype
+  )
+
+
+def prefill(
+  model: Decoder, cache: Cache, tokens: Int[Array, 'B T'], lengths: Int[Array, ' B']
+) -> tuple[Float[Array, 'B T vocab'], Cache]:
+  """Runs prompts, right-padded to T, into an empty cache of at least T slots.
+
+  lengths[b] of row b's tokens are real; the padding's slots are beyond every later query's sight
+  until the tokens decoded next overwrite them.
+  """
+  if tokens.shape[1] > cache.slots:
+    raise ValueError(f'{tokens.shape[1]} tokens do not fit in a cache of {cache.slots} slots')
+  logits, entries = _parallel(model, tokens)
+  starts = jnp.zeros_like(cache.lengths)
+  layers = tuple(
+    cache_lib.append(layer, {name: entry[i] for name, entry in entries.items()}, starts)
+    for i, layer in enumerate(cache.layers)
+  )
+  return logits, Cache(layers, lengths)
+
+
+def decode(
+  model: Decoder, cache: Cache, tokens: Int[Array, 'B T']
+) -> tuple[Float[Array, 'B T vocab'], Cache]:
+  """Appends T tokens to every row and returns their logits, all keys and values read from the cache.
+
+  The caller sees to it that cache.lengths + T stays within cache.slots.
+  """
+  positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
+  x = model.embed(tokens)
+  layers = []
+  for block, layer in zip(model.layers(), cache.layers, strict=True):
+    x, layer = block.cached(x, layer, positions)
+    layers.append(layer)
+  return model.logits(x), Cache(tuple(layers), cache.lengths + tokens.shape[1])
+
+
+@functools.partial(jax.jit, static_argnames=('steps', 'temperature', 'top_p'), donate_argnums=1)
+def generate(
+  model: Decoder,
+  cache: Cache,
+  prompts: Int[Array, 'B T'],
+  lengths: Int[Array, ' B'],
+  key: Key[Array, ''],
+  *,
+  steps: int,
+  temperature: float = 1.0,
+  top_p: float = 1.0,
+) -> tuple[Int[Array, 'B steps'], Cache]:
+  """Continues right-padded prompts by `steps` tokens each, in the donated cache.
+
+  temperature=0 takes the likeliest token; otherwise samples from the smallest set of tokens whose
+  probability reaches top_p (Holtzman et al. 2019, arXiv 1904.09751).
+  """
+  if prompts.shape[1] + steps > cache.slots:
+    raise ValueError(
+      f'{prompts.shape[1]} prompt tokens and {steps} more do not fit in {cache.slots} cache slots'
+    )
+  logits, cache = prefill(model, cache, prompts, lengths)
+  last = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
+  pick = functools.partial(sample, temperature=temperature, top_p=top_p)
+  first_key, key = jax.random.split(key)
+
+  def step(carry, key):
+    cache, token = carry
+    logits, cache = decode(model, cache, token[:, None])
+    following = pick(logits[:, 0], key)
+    return (cache, following), token
+
+  carry = (cache, pick(last, first_key))
+  (cache, final), tokens = jax.lax.scan(step, carry, jax.random.split(key, steps - 1))
+  return jnp.concatenate([tokens.T, final[:, None]], axis=1), cache
+
+
+def sample(
+  logits: Float[Array, 'B vocab'], key: Key[Array, ''], *, temperature: float, top_p: float
+) -> Int[Array, ' B']:
+  """One token a row; see generate."""
+  if temperature == 0:
+    return jnp.argmax(logits, axis=-1)
+  logits = logits / temperature
+  if top_p < 1:
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    floor = jnp.min(jnp.where(before < top_p, ranked, jnp.inf), axis=-1, keepdims=True)
+    logits = jnp.where(logits < floor, -jnp.inf, logits)
+  return jax.random.categorical(key, logits, axis=-1)
+
+
+def count_params(model: Decoder) -> tuple[int, int]:
+  """Parameters in all, and those outside the embedding and the output projection."""
+  sizes = {
+    path: math.prod(leaf.shape) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
+  }
+  total = sum(sizes.values())
+  return total, total - sizes['embedding',] - sizes['w_out',]
+
+
+FFN_MULTIPLES = (128, 64, 32, 16, 8, 4, 2, 1)
+BUDGET_TOLERANCE = 0.0025  # so that any two arms differ by at most 0.5 %
+
+
+def solve_ffn_dim(config: ConfigDict) -> int:
+  """The feed-forward width at which non-embedding parameters meet config.param_budget.
+
+  Parameters are linear in the width, so two abstract models tell slope and offset for any variant.
+  Among the widths within BUDGET_TOLERANCE the roundest wins, for the sake of the matmul units; if
+  none is, the nearest (config.validate refuses a budget that no width meets).
+  """
+
+  def count(width: int) -> int:
+    trial = config.copy_and_resolve_references()
+    trial.ffn_dim = width
+    return count_params(nnx.eval_shape(lambda: Decoder(trial, 1, nnx.Rngs(0))))[1]
+
+  slope = count(2) - count(1)
+  exact = (config.param_budget - count(1)) / slope + 1
+  for multiple in FFN_MULTIPLES:
+    width = max(1, round(exact / multiple)) * multiple
+    if abs(width - exact) * slope <= BUDGET_TOLERANCE * config.param_budget:
+      return width
+  return max(1, round(exact))

@@ -1,0 +1,288 @@
+"""Trains one model: config in, checkpoints and metrics out. Knows nothing of sweeps."""
+
+import functools
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+from ml_collections import ConfigDict
+
+from mla import config as config_lib
+from mla import model as model_lib
+from mla import sharding
+from mla.checkpoint import Checkpoints, claim_workdir
+from mla.data.pipeline import Data, EvalWindows, eval_windows, load_data, train_batches
+from mla.errors import Diverged, UserError
+from mla.metrics import Metrics
+from mla.optimizer import make_optimizer, make_schedule
+
+SAMPLE_PROMPT, SAMPLE_TOKENS = 'The ', 128
+
+
+class TrainState(NamedTuple):
+  params: Any  # nnx.State of Params
+  opt_state: Any
+  step: Int[Array, '']
+  key: Key[Array, '']  # for sampling text; training itself draws nothing
+
+
+def train_and_evaluate(
+  config: ConfigDict, workdir: Path, report: Callable[[int, dict], None] | None = None
+) -> bool:
+  """Trains to config.num_steps, going on from workdir's newest checkpoint if it has one.
+
+  Calls report(step, evaluation) after each evaluation. Returns True when the run is complete, False
+  when SIGTERM ended it early, with everything saved. Raises UserError for what the user can mend,
+  and Diverged when the loss is no longer finite, with the last good checkpoint kept.
+  """
+  # What the run is.
+  config_lib.validate(config)
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_batch(config, mesh)
+  data = load_data(config)
+  model = nnx.eval_shape(lambda: model_lib.make_model(config, data.tokenizer.vocab_size))
+  batches = train_batches(
+    data.train,
+    seq_len=config.seq_len,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  windows = eval_windows(
+    data.validation, seq_len=config.seq_len, max_tokens=config.data.eval_tokens
+  )
+  claim_workdir(config, workdir)
+
+  with jax.set_mesh(mesh):
+    # Where it stands.
+    optimizer = make_optimizer(config)
+    create = functools.partial(init_state, config, data.tokenizer.vocab_size, optimizer)
+    abstract = jax.eval_shape(create)
+    placement = sharding.shardings(abstract, mesh)
+    checkpoints = Checkpoints(workdir, config.checkpoints_kept)
+    state, start = _restore(checkpoints, abstract, placement, batches, data, workdir)
+    if start >= config.num_steps:
+      print(f'{workdir}: already trained to step {start} of {config.num_steps}; nothing to do')
+      checkpoints.close()
+      return True
+    if state is None:
+      state = jax.jit(create, out_shardings=placement)()
+
+    metrics = Metrics(workdir, start=start, total=config.num_steps)
+    metrics.say(describe(config, model, data, mesh, start))
+
+    # The compiled parts.
+    graphdef = nnx.graphdef(model)
+    began = time.monotonic()
+    batch = sharding.put_batch(next(batches), mesh)
+    step_fn = jax.jit(
+      functools.partial(train_step, config, graphdef, optimizer),
+      donate_argnums=0,
+      out_shardings=(placement, None),
+    )
+    step_fn = step_fn.lower(state, batch).compile()
+    metrics.say(f'compiled the training step in {time.monotonic() - began:.1f} s')
+    eval_fn = jax.jit(functools.partial(eval_step, graphdef))
+    schedule = make_schedule(config)
+
+    # The loop. The host only waits for the devices where a number is asked for.
+    stop = StopSignal()
+    run = {'config': config.to_dict(), 'data': data.digest}
+    since, since_step = time.monotonic(), start
+    for step in range(start + 1, config.num_steps + 1):
+      state, measured = step_fn(state, batch)
+      last = step == config.num_steps
+      save = last or step % config.checkpoint_every == 0 or stop.requested
+      if save:  # the position saved is that of the next step's batch
+        _check_finite(measured, step, checkpoints)
+        training = (state.opt_state, state.step, jax.random.key_data(state.key))
+        checkpoints.save(step, state.params, training, batches, run)
+      if not last:
+        batch = sharding.put_batch(next(batches), mesh)
+      if step == start + 1 or step % config.log_every == 0 or last:
+        _check_finite(measured, step, checkpoints)
+        now = time.monotonic()
+        tokens = (step - since_step) * config.batch_size * config.seq_len
+        values = {name: float(value) for name, value in measured.items()}
+        values['learning_rate'] = float(schedule(step - 1))
+        values['tokens_per_second'] = tokens / (now - since)
+        metrics.write(step, values)
+        metrics.progress(step, values)
+        since, since_step = now, step
+      if stop.requested:
+        break
+      if last or step % config.eval_every == 0:
+        evaluation = evaluate(eval_fn, state.params, windows, data, config, mesh)
+        metrics.write(step, evaluation)
+        text = sample_text(graphdef, state, data, config, mesh)
+        metrics.write_text(step, 'sample', text)
+        loss, bits = evaluation['eval_loss'], evaluation['eval_bits_per_byte']
+        metrics.say(f'step {step}  eval loss {loss:.4f}  {bits:.4f} bits per byte  {text!r}')
+        if report is not None:
+          report(step, evaluation)
+        since, since_step = time.monotonic(), step
+
+  checkpoints.close()
+  metrics.close()
+  stop.restore()
+  if stop.requested and not last:
+    print(f'stopped by SIGTERM at step {step}, saved; run the same command again to go on')
+    return False
+  return True
+
+
+def init_state(config: ConfigDict, vocab: int, optimizer) -> TrainState:
+  """Step 0: fresh parameters and optimiser state."""
+  params = nnx.state(model_lib.make_model(config, vocab), nnx.Param)
+  key = jax.random.key(config.seed)
+  return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), key)
+
+
+def train_step(
+  config: ConfigDict, graphdef, optimizer, state: TrainState, tokens: Int[Array, 'B window']
+) -> tuple[TrainState, dict[str, Float[Array, '']]]:
+  """One update on a batch: the mean gradient over accumulation_steps micro-batches."""
+
+  def loss_fn(params, tokens):
+    return jnp.mean(token_nll(nnx.merge(graphdef, params), tokens))
+
+  def micro_step(carry, tokens):
+    return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_fn)(state.params, tokens)), None
+
+  if config.accumulation_steps == 1:
+    loss, grads = jax.value_and_grad(loss_fn)(state.params, tokens)
+  else:
+    # Every micro-batch takes rows from each device's part of the batch, so none is moved.
+    micro = tokens.reshape(-1, config.accumulation_steps, tokens.shape[1]).swapaxes(0, 1)
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), state.params))
+    (loss, grads), _ = jax.lax.scan(micro_step, zeros, micro)
+    loss, grads = jax.tree.map(lambda total: total / config.accumulation_steps, (loss, grads))
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  measured = {'loss': loss, 'grad_norm': optax.global_norm(grads)}
+  return TrainState(params, opt_state, state.step + 1, state.key), measured
+
+
+def token_nll(model: model_lib.Decoder, tokens: Int[Array, 'B window']) -> Float[Array, 'B T']:
+  """Each target's negative log-likelihood in nats, all positions in parallel."""
+  logits = model_lib.forward(model, tokens[:, :-1])
+  return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+
+
+def eval_step(
+  graphdef, params, tokens: Int[Array, 'B window'], mask: Array
+) -> tuple[Float[Array, ''], Int[Array, '']]:
+  nll = token_nll(nnx.merge(graphdef, params), tokens)
+  return jnp.sum(nll * mask), jnp.sum(mask)
+
+
+def evaluate(
+  eval_fn, params, windows: EvalWindows, data: Data, config: ConfigDict, mesh
+) -> dict[str, float]:
+  """Loss (nats a token) and bits per byte over the windows, without a cache (eval.py reads one)."""
+  nll, count = 0.0, 0
+  for start in range(0, len(windows.tokens), config.batch_size):
+    tokens, mask = (rows[start : start + config.batch_size] for rows in windows)
+    fill = ((0, config.batch_size - len(tokens)), (0, 0))
+    batch = [sharding.put_batch(np.pad(rows, fill), mesh) for rows in (tokens, mask)]
+    part, targets = eval_fn(params, *batch)
+    nll, count = nll + float(part), count + int(targets)
+  text = int(np.sum(data.tokenizer.byte_lengths[windows.tokens[:, 1:]] * windows.mask))
+  return {'eval_loss': nll / count, 'eval_bits_per_byte': nll / (math.log(2) * text)}
+
+
+def sample_text(graphdef, state: TrainState, data: Data, config: ConfigDict, mesh) -> str:
+  """A continuation of SAMPLE_PROMPT, decoded through a cache in the run's dtype."""
+  prompt = np.concatenate([[data.tokenizer.bos], data.tokenizer.encode(SAMPLE_PROMPT)])
+  model = nnx.merge(graphdef, state.params)
+  cache = model_lib.allocate_cache(
+    model, batch=1, slots=len(prompt) + SAMPLE_TOKENS, dtype=config.dtype
+  )
+  tokens, _ = model_lib.generate(
+    model,
+    cache,
+    jnp.asarray(prompt[None], jnp.int32),
+    jnp.array([len(prompt)], jnp.int32),
+    jax.random.fold_in(state.key, state.step),
+    steps=SAMPLE_TOKENS,
+    temperature=0.8,
+    top_p=0.95,
+  )
+  return SAMPLE_PROMPT + data.tokenizer.decode(np.asarray(tokens[0]))
+
+
+def describe(config: ConfigDict, model: model_lib.Decoder, data: Data, mesh, start: int) -> str:
+  """What is about to be trained, for the terminal."""
+  total, body = model_lib.count_params(model)
+  cache = model_lib.allocate_cache(model, batch=1, slots=1, dtype='bfloat16')
+  devices = ' x '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
+  origin = f'from step {start}' if start else 'from scratch'
+  return (
+    f'{config.attention}: {total:,} parameters, {body:,} without embeddings; '
+    f'{cache.bytes_per_token():,.0f} bytes of KV cache a token in bfloat16\n'
+    f'{len(data.train.tokens):,} training tokens; {config.num_steps} steps of '
+    f'{config.batch_size * config.seq_len:,}; {jax.default_backend()} mesh {devices}; {origin}'
+  )
+
+
+def _restore(checkpoints, abstract, placement, batches, data: Data, workdir: Path):
+  """(state, step) of the newest whole checkpoint, or (None, 0)."""
+  for step in checkpoints.steps():
+    if checkpoints.run(step)['data'] != data.digest:
+      raise UserError(
+        f'data: {workdir} was trained on another text or tokenizer than data.* gives now; restore '
+        'that text, or use another --workdir'
+      )
+  target = jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    abstract,
+    placement,
+  )
+  key_data = jax.eval_shape(jax.random.key_data, abstract.key)
+  key_data = jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=placement.key)
+  training = (target.opt_state, target.step, key_data)
+  found = checkpoints.restore(target.params, training, batches)
+  if found is None:
+    return None, 0
+  step, params, (opt_state, count, key) = found
+  return TrainState(params, opt_state, count, jax.random.wrap_key_data(key)), step
+
+
+def _check_finite(measured: dict[str, Array], step: int, checkpoints: Checkpoints) -> None:
+  if all(math.isfinite(float(value)) for value in measured.values()):
+    return
+  good = checkpoints.steps()
+  checkpoints.close()
+  raise Diverged(
+    f'the loss is no longer finite at step {step}; '
+    + (f'the checkpoint of step {good[-1]} is kept. ' if good else 'no checkpoint yet. ')
+    + 'Try a lower learning_rate, a longer warmup_steps or a smaller grad_clip in a new workdir'
+  )
+
+
+class StopSignal:
+  """Notes a SIGTERM, so that the loop can end at a step's boundary and save."""
+
+  def __init__(self):
+    self.requested = False
+    self._previous: Any = None
+    if threading.current_thread() is threading.main_thread():
+      self._previous = signal.signal(signal.SIGTERM, self._note)
+
+  def _note(self, *_) -> None:
+    self.requested = True
+
+  def restore(self) -> None:
+    if self._previous is not None:
+      signal.signal(signal.SIGTERM, self._previous)

@@ -1,0 +1,103 @@
+"""Softmax attention against a plain reference, and its memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mla.attention.kernels import cached_attention, causal_attention
+from mla.cache import Stored, quantise
+
+KEY = jax.random.key(0)
+
+
+def plain(q, k, v, scale, positions=None):
+  """All heads repeated, all scores at once, softmax as it is defined."""
+  repeats = q.shape[2] // k.shape[2]
+  k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
+  scores = jnp.einsum('bthn,bshn->bhts', q, k) * scale
+  positions = jnp.arange(q.shape[1])[None] if positions is None else positions
+  visible = jnp.arange(k.shape[1]) <= positions[:, None, :, None]
+  weights = jnp.exp(scores) * visible
+  return jnp.einsum('bhts,bshv->bthv', weights / weights.sum(-1, keepdims=True), v)
+
+
+def inputs(length, heads, groups, n=10, v=6, slots=None):
+  keys = jax.random.split(KEY, 4)
+  slots = slots or length
+  return (
+    jax.random.normal(keys[0], (2, length, heads, n)),
+    jax.random.normal(keys[1], (2, slots, groups, n)),
+    jax.random.normal(keys[2], (2, slots, groups, v)),
+    jax.random.normal(keys[3], (2, length, heads, v)),
+  )
+
+
+@pytest.mark.parametrize('groups', [1, 2, 6])
+@pytest.mark.parametrize(('length', 'block'), [(1, 8), (7, 8), (16, 8), (21, 8), (21, 0)])
+def test_values_and_gradients(groups, length, block):
+  q, k, v, weights = inputs(length, 6, groups)
+
+  def ours(q, k, v):
+    return causal_attention(q, k, v, scale=0.3, block=block)
+
+  np.testing.assert_allclose(ours(q, k, v), plain(q, k, v, 0.3), atol=1e-5)
+  got = jax.grad(lambda *args: jnp.sum(ours(*args) * weights), argnums=(0, 1, 2))(q, k, v)
+  expected = jax.grad(lambda *args: jnp.sum(plain(*args, 0.3) * weights), argnums=(0, 1, 2))(q, k, v)
+  for ours_, theirs in zip(got, expected, strict=True):
+    np.testing.assert_allclose(ours_, theirs, atol=2e-5)
+
+
+def test_large_scores_do_not_overflow():
+  q, k, v, _ = inputs(16, 2, 2)
+  out = causal_attention(q * 100, k * 100, v, scale=1.0, block=8)
+  assert np.all(np.isfinite(out))
+
+
+def test_bfloat16_keeps_its_softmax_in_float32():
+  # 600 equal weights: a bfloat16 sum would stick at 256.
+  k = jnp.zeros((1, 600, 1, 8), jnp.bfloat16)
+  v = jnp.ones((1, 600, 1, 8), jnp.bfloat16)
+  out = causal_attention(k, k, v, scale=1.0, block=600)
+  np.testing.assert_allclose(np.asarray(out, np.float32), 1, atol=0.01)
+
+
+@pytest.mark.parametrize('groups', [1, 2, 6])
+def test_cached_against_plain(groups):
+  q, k, v, _ = inputs(3, 6, groups, slots=20)
+  positions = jnp.array([[4, 5, 6], [15, 16, 17]])
+  stored = [Stored(x.swapaxes(1, 2), None) for x in (k, v)]
+  got = cached_attention([q], [stored[0]], stored[1], positions, scale=0.3)
+  np.testing.assert_allclose(got, plain(q, k, v, 0.3, positions), atol=1e-5)
+
+
+def test_cached_scores_add_up_over_parts():
+  q, k, v, _ = inputs(3, 6, 1, slots=20)
+  positions = jnp.array([[4, 5, 6], [15, 16, 17]])
+  whole = Stored(k.swapaxes(1, 2), None)
+  parts = [Stored(whole.values[..., :7], None), Stored(whole.values[..., 7:], None)]
+  values = Stored(v.swapaxes(1, 2), None)
+  got = cached_attention([q[..., :7], q[..., 7:]], parts, values, positions, scale=0.3)
+  expected = cached_attention([q], [whole], values, positions, scale=0.3)
+  np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_cached_int8_is_attention_to_the_dequantised_cache():
+  q, k, v, _ = inputs(3, 6, 2, slots=20)
+  positions = jnp.array([[4, 5, 6], [15, 16, 17]])
+  stored = [Stored(*quantise(x.swapaxes(1, 2))) for x in (k, v)]
+  wide = [(s.values * s.scale[..., None]).swapaxes(1, 2) for s in stored]
+  got = cached_attention([q], [stored[0]], stored[1], positions, scale=0.3)
+  np.testing.assert_allclose(got, plain(q, *wide, 0.3, positions), atol=1e-5)
+
+
+def test_memory_of_the_gradient_is_linear_in_length():
+  def peak(length):
+    shape = jax.ShapeDtypeStruct((1, length, 4, 32), jnp.float32)
+    loss = jax.grad(lambda q, k, v: causal_attention(q, k, v, scale=1.0).sum(), argnums=(0, 1, 2))
+    return jax.jit(loss).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+  one, two, four, eight = (peak(1024 * factor) for factor in (1, 2, 4, 8))
+  assert two < 2.2 * one
+  assert four < 2.2 * two
+  assert eight < 2.2 * four

@@ -1,0 +1,54 @@
+"""Eight CPU devices for every test, shape annotations checked for real, and the tiny models."""
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 8)
+
+install_import_hook('mla', 'beartype.beartype')  # before anything of mla is imported
+
+from configs import base  # noqa: E402
+
+TINY = {
+  'num_layers': 2,
+  'd_model': 32,
+  'num_heads': 4,
+  'head_dim': 6,
+  'value_head_dim': 10,  # not N, nor N + R
+  'ffn_dim': 24,
+  'seq_len': 32,
+  'batch_size': 8,
+  'num_steps': 4,
+  'warmup_steps': 1,
+  'log_every': 1,
+  'eval_every': 2,
+  'checkpoint_every': 2,
+}
+ARMS = {
+  'mha': {'attention': 'mha'},
+  'mha_partial_rope': {'attention': 'mha', 'rope_dim': 2},
+  'gqa': {'attention': 'gqa', 'num_kv_heads': 2},
+  'mqa': {'attention': 'mqa'},
+  'mla': {'attention': 'mla', 'latent_dim': 14, 'rope_dim': 4},
+  'mla_query_latent': {
+    'attention': 'mla',
+    'latent_dim': 14,
+    'rope_dim': 4,
+    'query_latent_dim': 18,
+  },
+}
+
+
+def tiny_config(arm: str = 'mla', **changes):
+  """A config of the conformance suite: an arm's fields on TINY's, and changes on both."""
+  config = base.get_config()
+  config.update({**TINY, **ARMS[arm]})
+  config.update_from_flattened_dict({name.replace('__', '.'): v for name, v in changes.items()})
+  return config
+
+
+@pytest.fixture(params=ARMS)
+def arm(request) -> str:
+  return request.param

@@ -1,0 +1,81 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_config
+from flax import nnx
+
+from configs import gqa_small, mha_small, mla_small, mqa_small
+from mla.model import (
+  Decoder,
+  allocate_cache,
+  count_params,
+  generate,
+  make_model,
+  prefill,
+  sample,
+  solve_ffn_dim,
+)
+
+SMALL = {'mha': mha_small, 'gqa': gqa_small, 'mqa': mqa_small, 'mla': mla_small}
+
+
+@pytest.mark.parametrize('variant', SMALL)
+def test_small_configs_meet_the_budget(variant):
+  config = SMALL[variant].get_config()
+  model = nnx.eval_shape(lambda: make_model(config, 257))
+  body = count_params(model)[1]
+  assert abs(body - config.param_budget) <= 0.0025 * config.param_budget
+
+
+def test_the_width_is_solved_whatever_the_attention(arm):
+  config = tiny_config(arm, ffn_dim=0, param_budget=50_000)
+  width = solve_ffn_dim(config)
+  config.ffn_dim = width
+  model = Decoder(config, 10, nnx.Rngs(0))
+  by_hand = sum(
+    int(np.prod(leaf.shape))
+    for path, leaf in nnx.to_flat_state(nnx.state(model))
+    if path[0] not in ('embedding', 'w_out')
+  )
+  assert abs(by_hand - 50_000) <= 0.0025 * 50_000
+  assert count_params(model) == (by_hand + 2 * 10 * 32, by_hand)
+
+
+def test_mla_small_keeps_at_most_a_quarter_of_mha_small():
+  def bytes_per_token(config):
+    model = nnx.eval_shape(lambda: make_model(config, 257))
+    return allocate_cache(model, batch=1, slots=4, dtype='bfloat16').bytes_per_token()
+
+  mha, mla = (bytes_per_token(SMALL[name].get_config()) for name in ('mha', 'mla'))
+  assert mla * 4 <= mha
+
+
+def test_layers_start_different():
+  blocks = make_model(tiny_config(), 10).blocks
+  assert not np.allclose(blocks.ffn.w_up[0], blocks.ffn.w_up[1])
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it():
+  logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+  keys = jax.random.split(jax.random.key(0), 4000)
+
+  def shares(top_p, temperature=1.0):
+    draw = jax.vmap(lambda key: sample(logits, key, temperature=temperature, top_p=top_p)[0])
+    return np.bincount(np.asarray(draw(keys)), minlength=4) / len(keys)
+
+  np.testing.assert_allclose(shares(0.7), [0.625, 0.375, 0, 0], atol=0.03)
+  np.testing.assert_allclose(shares(0.4), [1, 0, 0, 0], atol=0)
+  np.testing.assert_allclose(shares(1.0), [0.5, 0.3, 0.15, 0.05], atol=0.03)
+  squared = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
+  np.testing.assert_allclose(shares(1.0, 0.5), squared / squared.sum(), atol=0.03)
+
+
+def test_what_does_not_fit_in_the_cache_is_refused():
+  model = make_model(tiny_config(), 10)
+  cache = allocate_cache(model, batch=1, slots=8, dtype='float32')
+  prompt, lengths = jnp.zeros((1, 9), jnp.int32), jnp.array([9])
+  with pytest.raises(ValueError, match='8 slots'):
+    prefill(model, cache, prompt, lengths)
+  with pytest.raises(ValueError, match='8 cache slots'):
+    generate(model, cache, prompt[:, :4], jnp.array([4]), jax.random.key(0), steps=5)

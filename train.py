@@ -1,0 +1,33 @@
+"""Trains a model.
+
+  python train.py --config=configs/mla_small.py [--workdir=DIR] [--config.FIELD=VALUE ...]
+
+Run again with the same workdir, it goes on from the last checkpoint. Exit codes: 0 trained, 2 a
+mistake in what was given, 1 the loss diverged, 143 stopped by SIGTERM with everything saved.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from mla import cli, sharding
+from mla.errors import UserError
+from mla.train import train_and_evaluate
+
+CONFIG = cli.define_config('--config=configs/mla_small.py')
+WORKDIR = flags.DEFINE_string('workdir', None, 'where the run is kept; runs/CONFIG when not given')
+
+
+def main() -> int:
+  if CONFIG.value is None:
+    raise UserError('--config: which? e.g. --config=configs/mla_small.py')
+  workdir = Path(WORKDIR.value or Path('runs') / Path(flags.FLAGS['config'].config_filename).stem)
+  sharding.use_cpu_cores(CONFIG.value.batch_size // CONFIG.value.accumulation_steps)
+  if not train_and_evaluate(CONFIG.value, workdir):
+    return cli.EXIT_STOPPED
+  print(f'next: python eval.py --workdir={workdir}')
+  return 0
+
+
+if __name__ == '__main__':
+  cli.run(main)
