@@ -1,6 +1,6 @@
 """Evaluates runs: perplexity read through the KV cache, against the bytes of that cache.
 
-  python eval.py --workdir=A [--workdir=B ...] [--cache_dtype=bfloat16] [--json=F] [--plot=F.png]
+python eval.py --workdir=A [--workdir=B ...] [--cache_dtype=bfloat16] [--json=F] [--plot=F.png]
 """
 
 import json

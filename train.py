@@ -21,7 +21,7 @@ WORKDIR = flags.DEFINE_string('workdir', None, 'where the run is kept; runs/CONF
 def main() -> int:
   if CONFIG.value is None:
     raise UserError('--config: which? e.g. --config=configs/mla_small.py')
-  workdir = Path(WORKDIR.value or Path('runs') / Path(flags.FLAGS['config'].config_filename).stem)
+  workdir = Path(WORKDIR.value or Path('runs') / cli.config_name())
   sharding.use_cpu_cores(CONFIG.value.batch_size // CONFIG.value.accumulation_steps)
   if not train_and_evaluate(CONFIG.value, workdir):
     return cli.EXIT_STOPPED

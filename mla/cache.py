@@ -29,7 +29,7 @@ class Stored(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """What the model remembers of a batch: per layer the variant's arrays; and tokens held per row."""
+  """What the model remembers of a batch: each layer's arrays, and the tokens held per row."""
 
   layers: tuple[dict[str, Stored], ...]
   lengths: Int[Array, ' B']
@@ -57,9 +57,7 @@ def allocate(shapes: Shapes, *, num_layers: int, batch: int, slots: int, dtype: 
     scale = jnp.zeros((batch, *heads, slots), jnp.float32) if dtype == 'int8' else None
     return Stored(jnp.zeros((batch, *heads, slots, dims), dtype), scale)
 
-  layers = tuple(
-    {name: array(shape) for name, shape in shapes.items()} for _ in range(num_layers)
-  )
+  layers = tuple({name: array(shape) for name, shape in shapes.items()} for _ in range(num_layers))
   return Cache(layers, jnp.zeros(batch, jnp.int32))
 
 
@@ -94,7 +92,7 @@ def _put(into: Array, new: Array, starts: Array, axis: int) -> Array:
 def quantise(
   x: Float[Array, '*vectors dims'],
 ) -> tuple[Int[Array, '*vectors dims'], Float[Array, '*vectors']]:
-  """Symmetric int8 with one float32 scale a vector: x ~ values * scale, off by at most scale / 2."""
+  """Symmetric int8 with one float32 scale a vector: x ~ values * scale, within scale / 2."""
   wide = x.astype(jnp.float32)
   scale = jnp.max(jnp.abs(wide), axis=-1) / 127
   values = jnp.round(wide / jnp.where(scale == 0, 1, scale)[..., None])

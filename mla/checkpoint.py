@@ -51,7 +51,9 @@ class Checkpoints:
       ),
     )
 
-  def restore(self, params, training, batches: grain.DatasetIterator) -> tuple[int, Any, Any] | None:
+  def restore(
+    self, params, training, batches: grain.DatasetIterator
+  ) -> tuple[int, Any, Any] | None:
     """The newest whole checkpoint as (step, params, training), placed as the abstract trees say.
 
     Also sets the position of `batches`. A damaged checkpoint is moved aside with a warning, and the
@@ -153,7 +155,9 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise UserError(f'--workdir={workdir}: cannot be made ({error.strerror}); choose another')
+    raise UserError(
+      f'--workdir={workdir}: cannot be made ({error.strerror}); choose another'
+    ) from error
   draft = workdir / 'config.json.tmp'
   draft.write_text(json.dumps(config.to_dict(), indent=2) + '\n')
   os.replace(draft, path)
@@ -167,4 +171,6 @@ def read_config(workdir: Path) -> ConfigDict:
   try:
     return ConfigDict(json.loads(path.read_text()))
   except (ValueError, OSError) as error:
-    raise UserError(f'{path}: cannot be read ({error}); restore it or train again elsewhere')
+    raise UserError(
+      f'{path}: cannot be read ({error}); restore it or train again elsewhere'
+    ) from error

@@ -21,6 +21,11 @@ def define_config(command: str) -> flags.FlagHolder:
   return config_flags.DEFINE_config_file('config', None, f'a config file, e.g. {command}')
 
 
+def config_name() -> str:
+  """The name of the --config file, which names its default workdir."""
+  return Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
+
+
 def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
   """Parses the flags, calls main, and exits with its code (None is 0).
 

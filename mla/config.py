@@ -17,6 +17,10 @@ POSITIVE = (
 NOT_NEGATIVE = (
   'value_head_dim num_kv_heads latent_dim rope_dim query_latent_dim ffn_dim warmup_steps seed'
 ).split()
+TEXTS = (
+  'attention dtype remat data.dataset data.text_key data.validation_split data.data_dir '
+  'data.files data.validation_files data.tokenizer'
+).split()
 LARGEST = 2**31 - 1  # sizes and counts must stay within int32
 
 
@@ -31,9 +35,12 @@ def validate(config: ConfigDict) -> None:
 
 def field(config: ConfigDict, name: str):
   """The value of a dotted field name."""
+  value = config
   for part in name.split('.'):
-    config = config[part]
-  return config
+    if not isinstance(value, ConfigDict) or part not in value:
+      raise UserError(f'{name}: the config lacks this field; see configs/base.py')
+    value = value[part]
+  return value
 
 
 def _require(holds: bool, name: str, config: ConfigDict, cure: str) -> None:
@@ -42,17 +49,24 @@ def _require(holds: bool, name: str, config: ConfigDict, cure: str) -> None:
 
 
 def _check_numbers(config: ConfigDict) -> None:
+  for name in (*POSITIVE, *NOT_NEGATIVE, 'mesh.data', 'mesh.fsdp', 'mesh.tensor'):
+    _require(isinstance(field(config, name), int), name, config, 'must be an integer')
   for name in POSITIVE:
     _require(0 < field(config, name) <= LARGEST, name, config, 'must be a positive integer')
   for name in NOT_NEGATIVE:
     _require(0 <= field(config, name) <= LARGEST, name, config, 'must be 0 or a positive integer')
+  for name in ('learning_rate', 'grad_clip', 'weight_decay', 'rope_base'):
+    number = isinstance(field(config, name), int | float) and math.isfinite(config[name])
+    _require(number, name, config, 'must be a finite number')
   for name in ('learning_rate', 'grad_clip'):
-    _require(0 < config[name] < math.inf, name, config, 'must be positive and finite')
-  _require(0 <= config.weight_decay < math.inf, 'weight_decay', config, 'must be 0 or positive')
-  _require(1 < config.rope_base < math.inf, 'rope_base', config, 'must be finite and above 1')
+    _require(config[name] > 0, name, config, 'must be positive')
+  _require(config.weight_decay >= 0, 'weight_decay', config, 'must be 0 or positive')
+  _require(config.rope_base > 1, 'rope_base', config, 'must be above 1')
 
 
 def _check_choices(config: ConfigDict) -> None:
+  for name in TEXTS:
+    _require(isinstance(field(config, name), str), name, config, 'must be a string')
   for name, choices in (('attention', ATTENTIONS), ('dtype', DTYPES), ('remat', REMATS)):
     _require(config[name] in choices, name, config, f'choose one of {", ".join(choices)}')
 
@@ -75,9 +89,7 @@ def _check_attention(config: ConfigDict) -> None:
 
 def _check_training(config: ConfigDict) -> None:
   cure = f'must divide batch_size={config.batch_size}'
-  _require(
-    config.batch_size % config.accumulation_steps == 0, 'accumulation_steps', config, cure
-  )
+  _require(config.batch_size % config.accumulation_steps == 0, 'accumulation_steps', config, cure)
   cure = f'must be below num_steps={config.num_steps}'
   _require(config.warmup_steps < config.num_steps, 'warmup_steps', config, cure)
 

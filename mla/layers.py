@@ -19,7 +19,7 @@ def weight(rngs: nnx.Rngs, *, fan_in: int, scale: float = 1.0, **axes: int) -> n
 
 
 def project(x: Array, w: nnx.Param, inputs: int = 1) -> Array:
-  """Contracts the last `inputs` axes of x with the first ones of w: [..., D] x [D, H, N] -> [..., H, N].
+  """Contracts x's last `inputs` axes with w's first: [..., D] x [D, H, N] -> [..., H, N].
 
   Runs as one [tokens, in] @ [in, out] product: XLA's CPU backend is about twice as fast on it as on
   the batched form. The weight is cast to x's dtype.

@@ -24,7 +24,7 @@ class Metrics:
       if sys.stderr.isatty()
       else None
     )
-    self._began, self._start = time.monotonic(), start
+    self._first: tuple[float, int] | None = None  # when and where the steady state began
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """Adds one line of finite numbers."""
@@ -43,13 +43,14 @@ class Metrics:
       self._bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tokens/s', refresh=False)
       self._bar.update(step - self._bar.n)
       return
-    left = (time.monotonic() - self._began) / (step - self._start) * (self.total - step)
-    minutes, seconds = divmod(round(left), 60)
-    print(
-      f'step {step:>{len(str(self.total))}}/{self.total}  loss {loss:.4f}  {speed:>7,.0f} tokens/s  '
-      f'{minutes}:{seconds:02d} left',
-      flush=True,
-    )
+    now = time.monotonic()
+    began, start = self._first = self._first or (now, step)
+    left = ''
+    if step > start:
+      minutes, seconds = divmod(round((now - began) / (step - start) * (self.total - step)), 60)
+      left = f'  {minutes}:{seconds:02d} left'
+    number = f'{step:>{len(str(self.total))}}/{self.total}'
+    print(f'step {number}  loss {loss:.4f}  {speed:>7,.0f} tokens/s{left}', flush=True)
 
   def say(self, line: str) -> None:
     """A line of its own, above the bar where there is one."""

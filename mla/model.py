@@ -171,7 +171,7 @@ def prefill(
 def decode(
   model: Decoder, cache: Cache, tokens: Int[Array, 'B T']
 ) -> tuple[Float[Array, 'B T vocab'], Cache]:
-  """Appends T tokens to every row and returns their logits, all keys and values read from the cache.
+  """Appends T tokens to every row; returns their logits, all they attend to read from the cache.
 
   The caller sees to it that cache.lengths + T stays within cache.slots.
   """

@@ -41,7 +41,9 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
   shape = {axis: available // known if size == -1 else size for axis, size in sizes.items()}
   if math.prod(shape.values()) != available:
     wanted = ' x '.join(f'{axis}={size}' for axis, size in sizes.items())
-    raise UserError(f'mesh: {wanted} does not make the {available} devices there are; change mesh.*')
+    raise UserError(
+      f'mesh: {wanted} does not make the {available} devices there are; change mesh.*'
+    )
   axes = ('data', 'fsdp', 'tensor')
   return jax.make_mesh(
     tuple(shape[axis] for axis in axes), axes, axis_types=(AxisType.Auto,) * len(axes)
@@ -53,8 +55,8 @@ def check_batch(config: ConfigDict, mesh: Mesh) -> None:
   rows = mesh.shape['data'] * mesh.shape['fsdp']
   if (config.batch_size // config.accumulation_steps) % rows:
     raise UserError(
-      f'batch_size={config.batch_size}: in {config.accumulation_steps} micro-batches does not split '
-      f'over mesh.data x mesh.fsdp = {rows} devices; make it a multiple'
+      f'batch_size={config.batch_size}: in {config.accumulation_steps} micro-batches does not '
+      f'split over mesh.data x mesh.fsdp = {rows} devices; make it a multiple'
     )
 
 

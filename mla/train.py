@@ -47,7 +47,7 @@ def train_and_evaluate(
   """
   # What the run is.
   config_lib.validate(config)
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = sharding.make_mesh(config.mesh.to_dict())
   sharding.check_batch(config, mesh)
   data = load_data(config)
   model = nnx.eval_shape(lambda: model_lib.make_model(config, data.tokenizer.vocab_size))
@@ -86,12 +86,12 @@ def train_and_evaluate(
     graphdef = nnx.graphdef(model)
     began = time.monotonic()
     batch = sharding.put_batch(next(batches), mesh)
-    step_fn = jax.jit(
+    jitted = jax.jit(
       functools.partial(train_step, config, graphdef, optimizer),
       donate_argnums=0,
       out_shardings=(placement, None),
     )
-    step_fn = step_fn.lower(state, batch).compile()
+    step_fn = jitted.lower(state, batch).compile()
     metrics.say(f'compiled the training step in {time.monotonic() - began:.1f} s')
     eval_fn = jax.jit(functools.partial(eval_step, graphdef))
     schedule = make_schedule(config)
@@ -102,8 +102,8 @@ def train_and_evaluate(
     since, since_step = time.monotonic(), start
     for step in range(start + 1, config.num_steps + 1):
       state, measured = step_fn(state, batch)
-      last = step == config.num_steps
-      save = last or step % config.checkpoint_every == 0 or stop.requested
+      last, stopping = step == config.num_steps, stop.requested
+      save = last or stopping or step % config.checkpoint_every == 0
       if save:  # the position saved is that of the next step's batch
         _check_finite(measured, step, checkpoints)
         training = (state.opt_state, state.step, jax.random.key_data(state.key))
@@ -120,7 +120,7 @@ def train_and_evaluate(
         metrics.write(step, values)
         metrics.progress(step, values)
         since, since_step = now, step
-      if stop.requested:
+      if stopping and not last:
         break
       if last or step % config.eval_every == 0:
         evaluation = evaluate(eval_fn, state.params, windows, data, config, mesh)
@@ -136,7 +136,7 @@ def train_and_evaluate(
   checkpoints.close()
   metrics.close()
   stop.restore()
-  if stop.requested and not last:
+  if stopping and not last:
     print(f'stopped by SIGTERM at step {step}, saved; run the same command again to go on')
     return False
   return True
@@ -170,7 +170,7 @@ def train_step(
     loss, grads = jax.tree.map(lambda total: total / config.accumulation_steps, (loss, grads))
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  measured = {'loss': loss, 'grad_norm': optax.global_norm(grads)}
+  measured = {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
   return TrainState(params, opt_state, state.step + 1, state.key), measured
 
 

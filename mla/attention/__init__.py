@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from mla.attention.grouped import GroupedAttention
 from mla.attention.latent import LatentAttention
 
-VARIANTS = {
+VARIANTS: dict[str, type[GroupedAttention] | type[LatentAttention]] = {
   'mha': GroupedAttention,
   'gqa': GroupedAttention,
   'mqa': GroupedAttention,

@@ -1,4 +1,4 @@
-"""Multi-head, grouped-query and multi-query attention: one module, K = H, G or 1 key/value heads."""
+"""Multi-head, grouped-query, multi-query attention: one module, K = H, G or 1 key/value heads."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -33,9 +33,7 @@ class GroupedAttention(nnx.Module):
   def cache_shapes(self) -> Shapes:
     return self.shapes
 
-  def compress(
-    self, x: Float[Array, 'B T D'], positions: Int[Array, '#B T']
-  ) -> dict[str, Array]:
+  def compress(self, x: Float[Array, 'B T D'], positions: Int[Array, '#B T']) -> dict[str, Array]:
     """What the cache keeps of each token: rotated keys [B,T,K,N] and values [B,T,K,V]."""
     return {'k': self._rotate(project(x, self.w_k), positions), 'v': project(x, self.w_v)}
 

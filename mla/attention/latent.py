@@ -47,17 +47,15 @@ class LatentAttention(nnx.Module):
   def cache_shapes(self) -> Shapes:
     return self.shapes
 
-  def compress(
-    self, x: Float[Array, 'B T D'], positions: Int[Array, '#B T']
-  ) -> dict[str, Array]:
-    """What the cache keeps of each token: normed latent [B,T,C] and rotated key [B,T,R] (eq. 9, 15)."""
+  def compress(self, x: Float[Array, 'B T D'], positions: Int[Array, '#B T']) -> dict[str, Array]:
+    """What the cache keeps of each token: normed latent [B,T,C], turned key [B,T,R] (eq. 9, 15)."""
     latent = self.latent_norm(project(x, self.w_dkv))
     return {'latent': latent, 'k_rope': rope(project(x, self.w_kr), positions, self.rope_base)}
 
   def attend(
     self, x: Float[Array, 'B T D'], entries: dict[str, Array], positions: Int[Array, '#B T']
   ) -> Float[Array, 'B T D']:
-    """Expanded: every token attends to those before it through keys and values per head (eq. 10-19)."""
+    """Expanded: tokens attend to those before them, keys and values per head (eq. 10-19)."""
     q = jnp.concatenate(self._queries(x, positions), axis=-1)
     k_nope = project(entries['latent'], self.w_uk)
     k_rope = entries['k_rope'][:, :, None, :]
@@ -69,7 +67,7 @@ class LatentAttention(nnx.Module):
   def attend_cached(
     self, x: Float[Array, 'B T D'], cached: dict[str, Stored], positions: Int[Array, 'B T']
   ) -> Float[Array, 'B T D']:
-    """Absorbed: the T newest tokens, already in the cache, attend to its latents as they lie there."""
+    """Absorbed: the T newest tokens, already in the cache, attend to its latents as they lie."""
     q_nope, q_rope = self._queries(x, positions)
     q_latent = jnp.einsum('bthn,chn->bthc', q_nope, self.w_uk[...].astype(x.dtype))
     latent, k_rope = _one_head(cached['latent']), _one_head(cached['k_rope'])

@@ -3,9 +3,11 @@
 Nothing here needs TensorFlow or a network: datasets are read as array_record.
 """
 
+import contextlib
 import glob
 import hashlib
 import importlib.util
+import io
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -87,7 +89,9 @@ def data_dir(data: ConfigDict) -> Path:
 def _prepare_sotu(root: Path) -> None:
   try:
     root.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(root / 'sotu.lock'):  # TFDS itself lets two processes collide
+    tfds.disable_progress_bar()
+    # TFDS itself lets two processes collide, and talks of a download that does not happen.
+    with filelock.FileLock(root / 'sotu.lock'), contextlib.redirect_stdout(io.StringIO()):
       Sotu(data_dir=str(root)).download_and_prepare(file_format='array_record')
   except OSError as error:
     raise UserError(
@@ -101,10 +105,10 @@ def _prepared_dataset(data: ConfigDict, split: str) -> list[str]:
   wanted = 'train' if split == 'train' else data.validation_split
   if wanted not in builder.info.splits:
     field = 'data.dataset' if split == 'train' else 'data.validation_split'
-    there = ', '.join(builder.info.splits) or 'none'
+    there = ', '.join(sorted(builder.info.splits)) or 'none'
     raise UserError(f'{field}: {data.dataset} has no split {wanted!r}; there are: {there}')
   if data.text_key not in builder.info.features:
-    there = ', '.join(builder.info.features)
+    there = ', '.join(sorted(builder.info.features))
     raise UserError(f'data.text_key={data.text_key}: {data.dataset} has the features {there}')
   if not isinstance(builder.info.features[data.text_key], tfds.features.Text):
     raise UserError(f'data.text_key={data.text_key}: is not a text of {data.dataset}')

@@ -63,8 +63,8 @@ def train_batches(
 ) -> grain.DatasetIterator:
   """Endless batches of this process's windows, int32 [batch_size / process_count, seq_len + 1].
 
-  Windows lie at stride seq_len and are shuffled anew each epoch. Together the processes see, step by
-  step, exactly the batches that one alone would. The position is a single number, saved with
+  Windows lie at stride seq_len and are shuffled anew each epoch. Together the processes see, step
+  by step, exactly the batches that one alone would. The position is a single number, saved with
   grain.checkpoint.CheckpointSave.
   """
   if batch_size % process_count:

@@ -1,4 +1,8 @@
-"""Bytes, or SentencePiece BPE. Both are lossless: decode(encode(text)) is text."""
+"""Bytes, or SentencePiece BPE. Both are lossless: decode(encode(text)) is text.
+
+A tokenizer has `vocab_size`; `bos`, which starts every document and stands for no text; `digest`,
+which identifies it; and `byte_lengths` [vocab], the UTF-8 bytes that each token stands for.
+"""
 
 import hashlib
 import io
@@ -6,7 +10,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import sentencepiece
@@ -17,18 +20,6 @@ from mla.errors import UserError
 
 SPACE = '\u2581'  # what SentencePiece writes for a space; a text that has it itself is cut there
 LONGEST_PIECE = 1000  # characters of one training sentence; SentencePiece drops overlong ones
-
-
-class Tokenizer(Protocol):
-  vocab_size: int
-  bos: int  # starts every document; stands for no text
-  digest: str  # identifies the tokenizer
-  byte_lengths: Int[np.ndarray, ' vocab']  # UTF-8 bytes each token stands for
-
-  def encode(self, text: str) -> Int[np.ndarray, ' n']: ...
-
-  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    """BOS is skipped; bytes that are no UTF-8 become U+FFFD."""
 
 
 class ByteTokenizer:
@@ -42,7 +33,8 @@ class ByteTokenizer:
   def encode(self, text: str) -> Int[np.ndarray, ' n']:
     return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
-  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+  def decode(self, ids: Int[np.ndarray, ' n']) -> str:
+    """BOS is skipped; bytes that are no UTF-8 become U+FFFD."""
     return bytes(int(i) for i in ids if i != self.bos).decode(errors='replace')
 
 
@@ -70,8 +62,12 @@ class BpeTokenizer:
     ids = first + [i for part in rest for i in (*self._space, *part)]
     return np.array(ids, np.int32)
 
-  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+  def decode(self, ids: Int[np.ndarray, ' n']) -> str:
+    """As ByteTokenizer's."""
     return b''.join(self._bytes[int(i)] for i in ids).decode(errors='replace')
+
+
+Tokenizer = ByteTokenizer | BpeTokenizer
 
 
 def make_tokenizer(spec: str, train_documents: Sequence[str], cache_dir: Path) -> Tokenizer:
@@ -114,7 +110,7 @@ def _train_bpe(documents: Sequence[str], vocab: int) -> bytes:
   except RuntimeError as error:
     raise UserError(
       f'data.tokenizer=bpe:{vocab}: this text cannot fill such a vocabulary '
-      f'({str(error).splitlines()[-1][-160:]}); choose a size between 300 and a few thousand'
+      f'({str(error).rpartition("] ")[2]})'
     ) from error
   return model.getvalue()
 

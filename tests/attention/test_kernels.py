@@ -43,7 +43,9 @@ def test_values_and_gradients(groups, length, block):
 
   np.testing.assert_allclose(ours(q, k, v), plain(q, k, v, 0.3), atol=1e-5)
   got = jax.grad(lambda *args: jnp.sum(ours(*args) * weights), argnums=(0, 1, 2))(q, k, v)
-  expected = jax.grad(lambda *args: jnp.sum(plain(*args, 0.3) * weights), argnums=(0, 1, 2))(q, k, v)
+  expected = jax.grad(lambda *args: jnp.sum(plain(*args, 0.3) * weights), argnums=(0, 1, 2))(
+    q, k, v
+  )
   for ours_, theirs in zip(got, expected, strict=True):
     np.testing.assert_allclose(ours_, theirs, atol=2e-5)
 

@@ -1,0 +1,87 @@
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from mla.data.pipeline import TokenStream, eval_windows, make_stream, train_batches
+from mla.data.tokenizers import ByteTokenizer
+from mla.errors import UserError
+
+STREAM = TokenStream(np.arange(1000, dtype=np.int32))  # every token tells its place
+SIZES = {'seq_len': 9, 'batch_size': 4}
+
+
+def starts(batch):
+  np.testing.assert_array_equal(batch, batch[:, :1] + np.arange(10))
+  return sorted(batch[:, 0].tolist())
+
+
+def take(batches, count):
+  return [next(batches) for _ in range(count)]
+
+
+def test_documents_start_with_bos():
+  stream = make_stream(['ab', 'c'], ByteTokenizer())
+  np.testing.assert_array_equal(stream.tokens, [256, 97, 98, 256, 99])
+
+
+def test_an_epoch_covers_every_window_once_and_the_next_is_shuffled_anew():
+  batches = train_batches(STREAM, seed=3, seq_len=9, batch_size=3)  # 111 windows, 37 batches
+  first, second = (np.concatenate(take(batches, 37)) for _ in range(2))
+  assert starts(first) == starts(second) == list(range(0, 999, 9))
+  assert first[:, 0].tolist() != second[:, 0].tolist()
+
+
+def test_the_seed_alone_decides():
+  def one(seed):
+    return np.stack(take(train_batches(STREAM, seed=seed, **SIZES), 5))
+
+  np.testing.assert_array_equal(one(1), one(1))
+  assert not np.array_equal(one(1), one(2))
+
+
+def test_processes_share_out_the_batches_of_one():
+  alone = train_batches(STREAM, seed=0, **SIZES)
+  parts = [
+    train_batches(STREAM, seed=0, process_index=i, process_count=2, **SIZES) for i in range(2)
+  ]
+  for _ in range(60):  # beyond an epoch
+    assert starts(next(alone)) == starts(np.concatenate([next(part) for part in parts]))
+
+
+def test_a_restored_position_gives_the_same_batches(tmp_path):
+  batches = train_batches(STREAM, seed=0, **SIZES)
+  take(batches, 17)
+  with ocp.CheckpointManager(tmp_path) as manager:
+    manager.save(17, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(batches)))
+    manager.wait_until_finished()
+    expected = take(batches, 30)
+    fresh = train_batches(STREAM, seed=0, **SIZES)
+    arguments = ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(fresh))
+    manager.restore(17, args=arguments)
+  np.testing.assert_array_equal(np.stack(take(fresh, 30)), np.stack(expected))
+
+
+@pytest.mark.parametrize('length', [2, 9, 10, 11, 100])
+def test_every_token_but_the_first_is_a_target_once(length):
+  windows = eval_windows(TokenStream(STREAM.tokens[:length]), seq_len=9)
+  assert windows.tokens[:, 1:][windows.mask].tolist() == list(range(1, length))
+  inputs = windows.tokens[:, :-1][windows.mask]
+  np.testing.assert_array_equal(inputs + 1, windows.tokens[:, 1:][windows.mask])
+
+
+def test_a_part_of_the_windows_is_spread_evenly():
+  windows = eval_windows(STREAM, seq_len=9, max_tokens=90)
+  chosen = windows.tokens[:, 0]
+  assert len(chosen) == 10
+  assert chosen[0] == 0
+  assert np.ptp(np.diff(chosen)) <= 9
+
+
+def test_too_little_text_is_refused():
+  with pytest.raises(UserError, match='batch_size=4: .* 3 windows of seq_len=9'):
+    train_batches(TokenStream(STREAM.tokens[:30]), seed=0, **SIZES)
+  with pytest.raises(UserError, match='batch_size=4: does not split over 3'):
+    train_batches(STREAM, seed=0, process_count=3, **SIZES)
+  with pytest.raises(UserError, match='no token to predict'):
+    eval_windows(TokenStream(STREAM.tokens[:1]), seq_len=9)
