@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from mla import cli, sharding
+from mla import cli, config, sharding
 from mla.errors import UserError
 from mla.train import train_and_evaluate
 
@@ -21,8 +21,9 @@ WORKDIR = flags.DEFINE_string('workdir', None, 'where the run is kept; runs/CONF
 def main() -> int:
   if CONFIG.value is None:
     raise UserError('--config: which? e.g. --config=configs/mla_small.py')
-  workdir = Path(WORKDIR.value or Path('runs') / cli.config_name())
+  config.validate(CONFIG.value)  # the next line counts on it
   sharding.use_cpu_cores(CONFIG.value.batch_size // CONFIG.value.accumulation_steps)
+  workdir = Path(WORKDIR.value or Path('runs') / cli.config_name())
   if not train_and_evaluate(CONFIG.value, workdir):
     return cli.EXIT_STOPPED
   print(f'next: python eval.py --workdir={workdir}')

@@ -52,16 +52,18 @@ class Checkpoints:
     )
 
   def restore(
-    self, params, training, batches: grain.DatasetIterator
+    self, params, training, batches: grain.DatasetIterator, data: str
   ) -> tuple[int, Any, Any] | None:
     """The newest whole checkpoint as (step, params, training), placed as the abstract trees say.
 
     Also sets the position of `batches`. A damaged checkpoint is moved aside with a warning, and the
-    one before is taken; None if there has never been any. Raises UserError if all are damaged.
+    one before is taken; None if there has never been any. Raises UserError if all are damaged, or
+    if the run's text is not the one whose digest is `data`.
     """
     steps = self.steps()
     for step in reversed(steps):
       try:
+        self.check_data(step, data)
         found = self._manager.restore(
           step,
           args=ocp.args.Composite(
@@ -71,6 +73,8 @@ class Checkpoints:
           ),
         )
         return step, unflatten(params, found['params']), unflatten(training, found['training'])
+      except UserError:
+        raise
       except Exception as error:  # whatever a broken file makes the libraries raise
         logging.warning('checkpoint %d is damaged (%s)', step, str(error).splitlines()[0][:200])
         self._set_aside(step)
@@ -88,9 +92,14 @@ class Checkpoints:
     )
     return unflatten(params, restored['params'])
 
-  def run(self, step: int) -> dict:
-    """What identifies the run that wrote a checkpoint."""
-    return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))['run']
+  def check_data(self, step: int, data: str) -> None:
+    """Raises UserError unless a checkpoint's run was trained on the text of this digest."""
+    found = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
+    if found['run']['data'] != data:
+      raise UserError(
+        f'data: {self._path.parent} was trained on another text or tokenizer than data.* gives '
+        'now; restore what its config.json names there, or use another --workdir'
+      )
 
   def _set_aside(self, step: int) -> None:
     aside = self._path.with_name('checkpoints-damaged') / str(step)
@@ -170,7 +179,7 @@ def read_config(workdir: Path) -> ConfigDict:
     raise UserError(f'--workdir={workdir}: no run there (config.json is missing); train one first')
   try:
     return ConfigDict(json.loads(path.read_text()))
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, AttributeError) as error:  # AttributeError: JSON, but no dict
     raise UserError(
       f'{path}: cannot be read ({error}); restore it or train again elsewhere'
     ) from error

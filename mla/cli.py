@@ -1,14 +1,17 @@
 """What the entry points share: flags, the compilation cache, and errors of one line."""
 
 import difflib
+import logging
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import absl.logging
 import jax
-from absl import flags, logging
-from ml_collections import config_flags
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from mla.errors import Diverged, UserError
 
@@ -32,8 +35,9 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
   A UserError ends in one line on stderr and exit code 2, Diverged likewise with 1.
   """
   argv = sys.argv if argv is None else argv
-  logging.set_verbosity(logging.WARNING)
-  logging.use_absl_handler()
+  # Our own warnings as plain lines; what the libraries log as errors, they also raise.
+  logging.basicConfig(format='warning: %(message)s', level=logging.WARNING)
+  absl.logging.set_verbosity(absl.logging.FATAL)
   try:
     _parse(argv)
     jax.config.update('jax_compilation_cache_dir', str(COMPILATION_CACHE.expanduser()))
@@ -50,11 +54,10 @@ def _complain(error: Exception, code: int) -> int:
 
 
 def _parse(argv: list[str]) -> None:
+  _check_fields(argv)
   try:
     rest = flags.FLAGS(argv)
-  except (AttributeError, KeyError) as error:
-    raise UserError(_unknown_field(argv, error)) from error
-  except (flags.Error, OSError, SyntaxError, ImportError, TypeError, ValueError) as error:
+  except (flags.Error, TypeError, ValueError) as error:
     # The library's message opens with a sentence of its own and ends with the reason.
     lines = [line.strip() for line in str(error).splitlines()]
     raise UserError(f'{lines[0]} {lines[-1]}' if len(lines) > 1 else lines[0]) from error
@@ -62,22 +65,39 @@ def _parse(argv: list[str]) -> None:
     raise UserError(f'{rest[1]}: not a flag; flags are written --name=value')
 
 
-def _unknown_field(argv: list[str], error: Exception) -> str:
-  """ml_collections only says "'nums'": names the flag, and the field that was meant."""
-  wrong = str(error).strip('\'"')
-  given = next((arg for arg in argv if arg.startswith('--config.') and wrong in arg), None)
-  config = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
-  if given is None or config is None:
-    return f'--config: {error}; give a file such as configs/mla_small.py'
-  names = [
+def _check_fields(argv: list[str]) -> None:
+  """Raises UserError unless --config is a config file and has every field that is set.
+
+  ml_collections takes a missing file for an empty config, and says "'nums'" of an unknown field.
+  """
+  given = [arg.removeprefix('--config=') for arg in argv if arg.startswith('--config=')]
+  fields = [arg for arg in argv if arg.startswith('--config.')]
+  if not given:
+    return
+  names = {
     name if child is None else f'{name}.{child}'
-    for name, value in config.items()
-    for child in (value if hasattr(value, 'keys') else [None])
-  ]
-  asked = given.removeprefix('--config.').split('=')[0]
-  close = difflib.get_close_matches(asked, names, n=1)
-  hint = f'did you mean {close[0]}?' if close else 'see configs/base.py for the fields there are'
-  return f'--config.{asked}: no such field; {hint}'
+    for name, value in load_config(given[-1]).items()
+    for child in (value if isinstance(value, ConfigDict) else [None])
+  }
+  for asked in (arg.removeprefix('--config.').split('=')[0] for arg in fields):
+    if asked not in names:
+      close = difflib.get_close_matches(asked, names, n=1)
+      hint = f'did you mean {close[0]}?' if close else 'see configs/base.py for those there are'
+      raise UserError(f'--config.{asked}: no such field; {hint}')
+
+
+def load_config(path: str) -> ConfigDict:
+  """What get_config() of a config file returns; UserError if that is no config."""
+  if not Path(path).is_file():
+    raise UserError(f'--config={path}: no such file; give one such as configs/mla_small.py')
+  try:
+    config = runpy.run_path(path)['get_config']()
+  except Exception as error:  # whatever a file that is no config raises
+    reason = f'{type(error).__name__}: {error}'
+    raise UserError(f'--config={path}: no get_config() can be run there ({reason})') from error
+  if not isinstance(config, ConfigDict):
+    raise UserError(f'--config={path}: its get_config() returns no ConfigDict; see configs/base.py')
+  return config
 
 
 def check_writable(flag: str, given: str | None, endings: tuple[str, ...] = ()) -> None:

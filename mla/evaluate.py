@@ -55,7 +55,10 @@ def evaluate_run(
   if cache_dtype not in cache_lib.DTYPES:
     raise UserError(f'--cache_dtype={cache_dtype}: choose one of {", ".join(cache_lib.DTYPES)}')
   config = read_config(workdir)
-  config_lib.validate(config)
+  try:
+    config_lib.validate(config)
+  except UserError as error:
+    raise UserError(f'{workdir}/config.json: {error}') from error
   data = load_data(config)
   mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1})
   model, step = load_model(workdir, config, data.tokenizer.vocab_size, data.digest, mesh)
@@ -82,9 +85,9 @@ def evaluate_run(
 
 
 def load_model(
-  workdir: Path, config: ConfigDict, vocab: int, digest: str, mesh: Mesh
+  workdir: Path, config: ConfigDict, vocab: int, data: str, mesh: Mesh
 ) -> tuple[model_lib.Decoder, int]:
-  """The newest checkpoint's model, whole on every device of the mesh, and its step."""
+  """The newest checkpoint's model, whole on every device, and its step; `data`: text's digest."""
   if not (workdir / 'checkpoints').is_dir():
     raise UserError(f'--workdir={workdir}: the run has no checkpoint yet; train it first')
   checkpoints = Checkpoints(workdir)
@@ -98,8 +101,10 @@ def load_model(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), params
   )
   try:
-    trained_beside = checkpoints.run(steps[-1])['data']
+    checkpoints.check_data(steps[-1], data)
     params = checkpoints.restore_params(steps[-1], target)
+  except UserError:
+    raise
   except Exception as error:  # whatever a broken file makes the libraries raise
     reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     raise UserError(
@@ -108,11 +113,6 @@ def load_model(
     ) from error
   finally:
     checkpoints.close()
-  if trained_beside != digest:
-    raise UserError(
-      f'--workdir={workdir}: its text or tokenizer is no longer the one it was trained with; '
-      'restore what its config.json names under data'
-    )
   return nnx.merge(graphdef, params), steps[-1]
 
 

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from mla import cache as cache_lib
 from mla.attention import make_attention
 from mla.cache import Cache
+from mla.errors import UserError
 from mla.layers import RMSNorm, project, weight
 from mla.sharding import constrain
 
@@ -254,8 +255,8 @@ def solve_ffn_dim(config: ConfigDict) -> int:
   """The feed-forward width at which non-embedding parameters meet config.param_budget.
 
   Parameters are linear in the width, so two abstract models tell slope and offset for any variant.
-  Among the widths within BUDGET_TOLERANCE the roundest wins, for the sake of the matmul units; if
-  none is, the nearest (config.validate refuses a budget that no width meets).
+  Among the widths within BUDGET_TOLERANCE the roundest wins, for the sake of the matmul units.
+  Raises UserError if no width is.
   """
 
   def count(width: int) -> int:
@@ -269,4 +270,7 @@ def solve_ffn_dim(config: ConfigDict) -> int:
     width = max(1, round(exact / multiple)) * multiple
     if abs(width - exact) * slope <= BUDGET_TOLERANCE * config.param_budget:
       return width
-  return max(1, round(exact))
+  raise UserError(
+    f'param_budget={config.param_budget}: no ffn_dim meets it; without a feed-forward part the '
+    f'model has {count(1) - slope:,} parameters and each of its dims adds {slope:,}'
+  )

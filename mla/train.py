@@ -22,7 +22,7 @@ from mla import model as model_lib
 from mla import sharding
 from mla.checkpoint import Checkpoints, claim_workdir
 from mla.data.pipeline import Data, EvalWindows, eval_windows, load_data, train_batches
-from mla.errors import Diverged, UserError
+from mla.errors import Diverged
 from mla.metrics import Metrics
 from mla.optimizer import make_optimizer, make_schedule
 
@@ -71,7 +71,7 @@ def train_and_evaluate(
     abstract = jax.eval_shape(create)
     placement = sharding.shardings(abstract, mesh)
     checkpoints = Checkpoints(workdir, config.checkpoints_kept)
-    state, start = _restore(checkpoints, abstract, placement, batches, data, workdir)
+    state, start = _restore(checkpoints, abstract, placement, batches, data)
     if start >= config.num_steps:
       print(f'{workdir}: already trained to step {start} of {config.num_steps}; nothing to do')
       checkpoints.close()
@@ -236,14 +236,8 @@ def describe(config: ConfigDict, model: model_lib.Decoder, data: Data, mesh, sta
   )
 
 
-def _restore(checkpoints, abstract, placement, batches, data: Data, workdir: Path):
+def _restore(checkpoints, abstract, placement, batches, data: Data):
   """(state, step) of the newest whole checkpoint, or (None, 0)."""
-  for step in checkpoints.steps():
-    if checkpoints.run(step)['data'] != data.digest:
-      raise UserError(
-        f'data: {workdir} was trained on another text or tokenizer than data.* gives now; restore '
-        'that text, or use another --workdir'
-      )
   target = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
     abstract,
@@ -252,7 +246,7 @@ def _restore(checkpoints, abstract, placement, batches, data: Data, workdir: Pat
   key_data = jax.eval_shape(jax.random.key_data, abstract.key)
   key_data = jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=placement.key)
   training = (target.opt_state, target.step, key_data)
-  found = checkpoints.restore(target.params, training, batches)
+  found = checkpoints.restore(target.params, training, batches, data.digest)
   if found is None:
     return None, 0
   step, params, (opt_state, count, key) = found

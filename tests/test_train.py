@@ -251,12 +251,12 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(text, tmp_path, mon
 
   finite = mla.train.token_nll
 
-  def nan_after_step_7(model, tokens):  # the sum of |weights| grows; any threshold will do
+  def nan_when_poisoned(model, tokens):
     return finite(model, tokens) * poison
 
   workdir = tmp_path / 'run'
   poison = 1.0
-  monkeypatch.setattr(mla.train, 'token_nll', nan_after_step_7)
+  monkeypatch.setattr(mla.train, 'token_nll', nan_when_poisoned)
   assert train_and_evaluate(config_of(text, num_steps=6), workdir)
   config = config_of(text, num_steps=12)
   path = workdir / 'config.json'

@@ -1,0 +1,183 @@
+"""Perplexity read through the cache, against a second reading of the protocol in evaluate.py."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_config
+from flax import nnx
+
+from mla import evaluate, report, sharding
+from mla.data.pipeline import eval_windows, load_data
+from mla.model import allocate_cache, forward
+from mla.train import train_and_evaluate
+
+ROOT = Path(__file__).parent.parent
+LINE = 'A cache is a thing you can hold: {} bytes, “no more”.\n'  # the quotes take three bytes each
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory) -> Path:
+  path = tmp_path_factory.mktemp('text') / 'text.txt'
+  path.write_text(''.join(LINE.format(n * n) for n in range(300)))
+  return path
+
+
+@pytest.fixture(scope='module')
+def trained(text, tmp_path_factory) -> dict[str, Path]:
+  """A little-trained run of each variant, so that its predictions differ from place to place."""
+  root = tmp_path_factory.mktemp('runs')
+  for arm in ('mha', 'gqa', 'mqa', 'mla'):
+    config = tiny_config(
+      arm, data__files=str(text), num_steps=30, learning_rate=1e-2, eval_every=30, num_layers=1
+    )
+    train_and_evaluate(config, root / arm)
+  return {path.name: path for path in root.iterdir()}
+
+
+def read_by_hand(workdir: Path) -> tuple[np.ndarray, np.ndarray, int]:
+  """NLL of every target, the first target's index in each window, and the targets' text bytes.
+
+  From the protocol alone: the stream is cut by hand, and the model runs without a cache, a window
+  at a time.
+  """
+  config = evaluate.read_config(workdir)
+  data = load_data(config)
+  mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1})
+  model, _ = evaluate.load_model(workdir, config, data.tokenizer.vocab_size, data.digest, mesh)
+  stream, length = data.validation.tokens, config.seq_len
+  nll, cuts = [], []
+  logits_of = jax.jit(lambda tokens: jax.nn.log_softmax(forward(model, tokens)))
+  for start in range(0, len(stream) - 1, length):
+    window = stream[start : start + length + 1]
+    inputs = np.zeros(length, np.int32)
+    inputs[: len(window) - 1] = window[:-1]  # what is behind the text's end is not looked at
+    logits = np.asarray(logits_of(inputs[None]))[0]
+    cuts.append(len(nll))
+    nll += [-logits[i, target] for i, target in enumerate(window[1:])]
+  text_bytes = int(sum(token != 256 for token in stream[1:]))
+  return np.array(nll, np.float64), np.array(cuts), text_bytes
+
+
+@pytest.mark.parametrize('arm', ['mha', 'gqa', 'mqa', 'mla'])
+def test_a_second_reading_of_the_protocol_agrees(trained, arm):
+  nll, _, text_bytes = read_by_hand(trained[arm])
+  exact = evaluate.evaluate_run(trained[arm], 'float32')
+  rough = evaluate.evaluate_run(trained[arm], 'bfloat16')
+  assert exact['tokens_evaluated'] == rough['tokens_evaluated'] == len(nll)
+  assert abs(math.log(exact['perplexity']) - nll.mean()) < 1e-4
+  assert abs(math.log(rough['perplexity']) - nll.mean()) < 5e-3
+  assert rough['perplexity'] != exact['perplexity']  # the asked dtype was used
+  assert exact['bits_per_byte'] == pytest.approx(nll.sum() / (math.log(2) * text_bytes), rel=1e-4)
+  low, high = exact['perplexity_ci95']
+  assert low < exact['perplexity'] < high
+  assert exact['kv_cache_bytes_per_token'] == 2 * rough['kv_cache_bytes_per_token']
+
+
+@pytest.mark.parametrize('chunk', [1, 5, 32])
+def test_the_chunk_size_changes_nothing(trained, chunk):
+  config = evaluate.read_config(trained['mla'])
+  data = load_data(config)
+  mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1})
+  model, _ = evaluate.load_model(trained['mla'], config, 257, data.digest, mesh)
+  windows = eval_windows(data.validation, seq_len=config.seq_len, max_tokens=512)
+  nll, bytes_per_token = evaluate.nll_through_cache(model, windows, 'float32', mesh, chunk=chunk)
+  expected, _ = evaluate.nll_through_cache(model, windows, 'float32', mesh, chunk=16)
+  np.testing.assert_allclose(nll, expected, rtol=1e-5)
+  cache = allocate_cache(model, batch=2, slots=7, dtype='float32')
+  assert bytes_per_token == cache.bytes_per_token() == (14 + 4) * 4
+
+
+def test_every_key_and_value_is_seen_through_the_cache(trained, monkeypatch):
+  """Wipe what the cache gives back, and the predictions must fall to those of no context at all."""
+  from mla import cache as cache_lib
+
+  honest = evaluate.evaluate_run(trained['mla'], 'float32')['perplexity']
+  append = cache_lib.append
+
+  def forgetful(layer, entries, starts):
+    return append(layer, {name: jnp.zeros_like(entry) for name, entry in entries.items()}, starts)
+
+  monkeypatch.setattr(cache_lib, 'append', forgetful)
+  config = evaluate.read_config(trained['mla'])
+  data = load_data(config)
+  mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1})
+  model, _ = evaluate.load_model(trained['mla'], config, 257, data.digest, mesh)
+  blind = nnx.clone(model)  # attention adds nothing
+  blind.blocks.attention.w_o[...] = jnp.zeros_like(blind.blocks.attention.w_o[...])
+  windows = eval_windows(data.validation, seq_len=config.seq_len, max_tokens=512)
+  without, _ = evaluate.nll_through_cache(model, windows, 'float32', mesh)
+  no_context, _ = evaluate.nll_through_cache(blind, windows, 'float32', mesh)
+  np.testing.assert_allclose(without, no_context, rtol=1e-5)
+  assert np.exp(no_context.sum() / windows.mask.sum()) > honest * 1.01
+
+
+def test_the_interval_is_that_of_the_mean():
+  """For many equal windows the bootstrap approaches exp(mean +- 1.96 standard errors)."""
+  rng = np.random.default_rng(3)
+  targets = np.full(400, 32)
+  nll = 32 * rng.normal(1.2, 0.3, 400)
+  low, high = evaluate.bootstrap_perplexity(nll, targets)
+  means = nll / 32
+  error = 1.96 * means.std() / math.sqrt(400)
+  assert math.log(low) == pytest.approx(means.mean() - error, abs=0.1 * error)
+  assert math.log(high) == pytest.approx(means.mean() + error, abs=0.1 * error)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+  rng = np.random.default_rng(4)
+  targets = np.full(60, 1)
+  hits = 0
+  for _ in range(200):
+    low, high = evaluate.bootstrap_perplexity(rng.normal(1.0, 0.2, 60), targets, resamples=300)
+    hits += low <= math.e <= high
+  assert 0.88 < hits / 200 < 0.99
+
+
+def test_the_command_line(trained, tmp_path):
+  out, picture = tmp_path / 'eval.json', tmp_path / 'eval.png'
+  done = subprocess.run(
+    [
+      *(sys.executable, str(ROOT / 'eval.py'), f'--workdir={trained["mla"]}'),
+      *(f'--workdir={trained["mha"]}', '--cache_dtype=int8', f'--json={out}', f'--plot={picture}'),
+    ],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  runs = json.loads(out.read_text())['runs']
+  keys = (
+    'workdir attention latent_dim params_total params_non_embedding step cache_dtype '
+    'kv_cache_bytes_per_token perplexity perplexity_ci95 bits_per_byte tokens_evaluated'
+  )
+  assert [list(run) for run in runs] == [keys.split()] * 2
+  assert [(run['attention'], run['latent_dim']) for run in runs] == [('mla', 14), ('mha', None)]
+  assert runs[0]['kv_cache_bytes_per_token'] == 14 + 4 + 2 * 4  # int8, and a scale a vector
+  lines = done.stdout.splitlines()
+  assert 'users/GiB at 8k' in done.stdout
+  assert [line.split()[0] for line in lines[-2:]] == ['mla', 'mha']  # sorted by bytes
+  assert picture.read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_table_says_what_bytes_mean():
+  run = {
+    'workdir': 'runs/x',
+    'attention': 'mla',
+    'latent_dim': 32,
+    'params_non_embedding': 800_000,
+    'step': 800,
+    'cache_dtype': 'bfloat16',
+    'kv_cache_bytes_per_token': 512.0,
+    'perplexity': 3.0,
+    'perplexity_ci95': [2.9, 3.1],
+    'bits_per_byte': 1.58,
+  }
+  line = report.table([run]).splitlines()[-1]
+  assert f'{2**30 // 512:,}' in line  # tokens in a GiB
+  assert line.split()[-1] == f'{2**30 / 512 / 8192:.1f}'
