@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
-from mla import cli, evaluate, report, sharding
+from mla import cli, cpu, evaluate, report
 from mla.errors import UserError
 
 WORKDIRS = flags.DEFINE_multi_string('workdir', [], 'a run; give it again for each further one')
@@ -22,7 +22,8 @@ def main() -> None:
     raise UserError('--workdir: which run? e.g. --workdir=runs/mla_small')
   cli.check_writable('json', JSON.value)
   cli.check_writable('plot', PLOT.value, endings=('.png', '.pdf', '.svg'))
-  sharding.use_cpu_cores(evaluate.BATCH)
+  cpu.use_cores(evaluate.BATCH)
+  cpu.keep_freed_memory()
   runs = [
     evaluate.evaluate_run(Path(workdir), CACHE_DTYPE.value, say=print) for workdir in WORKDIRS.value
   ]

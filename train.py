@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from mla import cli, config, sharding
+from mla import cli, config, cpu
 from mla.errors import UserError
 from mla.train import train_and_evaluate
 
@@ -22,7 +22,8 @@ def main() -> int:
   if CONFIG.value is None:
     raise UserError('--config: which? e.g. --config=configs/mla_small.py')
   config.validate(CONFIG.value)  # the next line counts on it
-  sharding.use_cpu_cores(CONFIG.value.batch_size // CONFIG.value.accumulation_steps)
+  cpu.use_cores(CONFIG.value.batch_size // CONFIG.value.accumulation_steps)
+  cpu.keep_freed_memory()
   workdir = Path(WORKDIR.value or Path('runs') / cli.config_name())
   if not train_and_evaluate(CONFIG.value, workdir):
     return cli.EXIT_STOPPED
