@@ -1,10 +1,10 @@
-# make install | train | test. Each sets up what it needs; PYTHON=... chooses the interpreter, VENV=... the folder.
+# make install | train | test | test-interop | bench. Each sets up what it needs; PYTHON=... chooses the interpreter, VENV=... the folder.
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 BIN = $(VENV)/bin
 
-.PHONY: install train test
+.PHONY: install train test test-interop bench
 
 install: $(VENV)/.installed
 
@@ -28,3 +28,15 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# The peers: transformers on torch. On Linux plain torch brings CUDA along; install a CPU build first to avoid that.
+$(VENV)/.installed-bench: $(VENV)/.installed
+	@echo 'installing transformers and torch into $(VENV)'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test,bench]'
+	@touch $@
+
+test-interop: $(VENV)/.installed-bench
+	$(BIN)/python -m pytest tests/test_interop.py
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m bench.train_step --json=results/bench_train_step.json

@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
       'seq_len': 256,
       'batch_size': 8,
       'accumulation_steps': 1,  # micro-batches whose gradients make one step
-      'num_steps': 2000,
+      'num_steps': 2500,
       'learning_rate': 3e-3,
       'warmup_steps': 200,
       'weight_decay': 0.1,
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
       'eval_every': 500,
       'checkpoint_every': 250,
       'checkpoints_kept': 3,
-      'log_every': 20,
+      'log_every': 50,
       'data': {
         'dataset': 'sotu',  # the embedded corpus, or any TFDS text dataset prepared as array_record
         'text_key': 'text',

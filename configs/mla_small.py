@@ -1,4 +1,15 @@
-"""draft"""
+"""Multi-head Latent Attention at 0.8M parameters: trains in minutes on two CPU cores.
+
+  python train.py --config=configs/mla_small.py
+
+Two CPU cores: 4 min 17 s. Validation: 1.582 bits per byte (2.993 perplexity) through a bfloat16
+cache of 512 bytes a token, a quarter of mha_small's.
+
+Why these values (docs/log.md, "Where MLA's gap comes from"): at this size the rotary share counts
+most. Of 64 cached elements, 32 for the latent and 32 for the rotary key beat 48 + 16 by 0.031 nats
+and 16 + 48 by 0.021. Half the initial scale of the up-projections, a learning rate
+of 4.5e-3, and 8 heads of 16 changed no more than another seed does (0.005 nats).
+"""
 
 from configs import base
 

@@ -40,7 +40,8 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
   absl.logging.set_verbosity(absl.logging.FATAL)
   try:
     _parse(argv)
-    jax.config.update('jax_compilation_cache_dir', str(COMPILATION_CACHE.expanduser()))
+    if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+      jax.config.update('jax_compilation_cache_dir', str(COMPILATION_CACHE.expanduser()))
     sys.exit(main() or 0)
   except UserError as error:
     sys.exit(_complain(error, EXIT_USER_ERROR))

@@ -1,4 +1,7 @@
-"""Every rule a config must keep, each with an error that names the field and the cure."""
+"""Every rule a config must keep, each with an error that names the field and the cure.
+
+But one: that `attention` names a variant, which mla/attention knows.
+"""
 
 import math
 
@@ -6,7 +9,6 @@ from ml_collections import ConfigDict
 
 from mla.errors import UserError
 
-ATTENTIONS = ('mha', 'gqa', 'mqa', 'mla')
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'latents', 'full')
 
@@ -67,7 +69,7 @@ def _check_numbers(config: ConfigDict) -> None:
 def _check_choices(config: ConfigDict) -> None:
   for name in TEXTS:
     _require(isinstance(field(config, name), str), name, config, 'must be a string')
-  for name, choices in (('attention', ATTENTIONS), ('dtype', DTYPES), ('remat', REMATS)):
+  for name, choices in (('dtype', DTYPES), ('remat', REMATS)):
     _require(config[name] in choices, name, config, f'choose one of {", ".join(choices)}')
 
 

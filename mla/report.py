@@ -17,6 +17,7 @@ STYLES = {
   'mqa': ('#009E73', 'v'),
   'mla': ('#D55E00', 'o'),
 }
+OTHER = ('#CC79A7', 'D')  # a variant added since
 
 
 def table(runs: list[dict]) -> str:
@@ -56,34 +57,36 @@ def table(runs: list[dict]) -> str:
 
 
 def plot(runs: list[dict], path: Path) -> None:
-  """Perplexity against cache bytes per token (log scale), with the interval over windows."""
+  """Perplexity against cache bytes per token (log scale), with the interval over windows.
+
+  Runs of equal bytes stand side by side, a twentieth of a doubling apart.
+  """
   figure, axes = plt.subplots(figsize=(6.4, 4.2), layout='constrained')
-  for attention, (colour, marker) in STYLES.items():
-    chosen = [run for run in runs if run['attention'] == attention]
-    if not chosen:
-      continue
-    middle = [run['perplexity'] for run in chosen]
-    bars = [
-      [run['perplexity'] - run['perplexity_ci95'][0] for run in chosen],
-      [run['perplexity_ci95'][1] - run['perplexity'] for run in chosen],
-    ]
+  for run in runs:
+    size, middle = run['kv_cache_bytes_per_token'], run['perplexity']
+    equals = [other for other in runs if other['kv_cache_bytes_per_token'] == size]
+    shift = equals.index(run) - (len(equals) - 1) / 2
+    x = size * 2 ** (shift / 20)
+    colour, marker = STYLES.get(run['attention'], OTHER)
+    low, high = run['perplexity_ci95']
     axes.errorbar(
-      [run['kv_cache_bytes_per_token'] for run in chosen],
-      middle,
-      bars,
+      [x],
+      [middle],
+      [[middle - low], [high - middle]],
       color=colour,
       marker=marker,
       linestyle='none',
       capsize=3,
-      label=attention.upper(),
     )
-  for run in runs:
     latent = f' C={run["latent_dim"]}' if run['latent_dim'] else ''
+    left = shift < 0
     axes.annotate(
       f'{run["attention"].upper()}{latent}',
-      (run['kv_cache_bytes_per_token'], run['perplexity']),
+      (x, middle),
       textcoords='offset points',
-      xytext=(7, 5),
+      xytext=(-8 if left else 8, 4),
+      horizontalalignment='right' if left else 'left',
+      color=colour,
       fontsize=9,
     )
   axes.set_xscale('log', base=2)

@@ -1,8 +1,18 @@
 """Eight CPU devices for every test, shape annotations checked for real, and the tiny models."""
 
-import jax
-import pytest
-from jaxtyping import install_import_hook
+import os
+import tempfile
+
+# What one test, worker or subprocess has compiled, the others load. Set before JAX is imported; the
+# workers and subprocesses inherit it.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  CACHE = tempfile.TemporaryDirectory(prefix='mla-lab-tests-')  # goes when this process does
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE.name
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)

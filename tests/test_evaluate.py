@@ -1,9 +1,11 @@
 """Perplexity read through the cache, against a second reading of the protocol in evaluate.py."""
 
+import functools
 import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -30,15 +32,18 @@ def text(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope='module')
-def trained(text, tmp_path_factory) -> dict[str, Path]:
-  """A little-trained run of each variant, so that its predictions differ from place to place."""
+def trained(text, tmp_path_factory) -> Callable[[str], Path]:
+  """A little-trained run of a variant, so that its predictions differ from place to place."""
   root = tmp_path_factory.mktemp('runs')
-  for arm in ('mha', 'gqa', 'mqa', 'mla'):
-    config = tiny_config(
-      arm, data__files=str(text), num_steps=30, learning_rate=1e-2, eval_every=30, num_layers=1
-    )
+
+  @functools.cache
+  def run(arm: str) -> Path:
+    fields = {'num_steps': 30, 'eval_every': 30, 'num_layers': 1, 'data__eval_tokens': 64}
+    config = tiny_config(arm, data__files=str(text), learning_rate=1e-2, **fields)
     train_and_evaluate(config, root / arm)
-  return {path.name: path for path in root.iterdir()}
+    return root / arm
+
+  return run
 
 
 def read_by_hand(workdir: Path) -> tuple[np.ndarray, np.ndarray, int]:
@@ -67,9 +72,9 @@ def read_by_hand(workdir: Path) -> tuple[np.ndarray, np.ndarray, int]:
 
 @pytest.mark.parametrize('arm', ['mha', 'gqa', 'mqa', 'mla'])
 def test_a_second_reading_of_the_protocol_agrees(trained, arm):
-  nll, _, text_bytes = read_by_hand(trained[arm])
-  exact = evaluate.evaluate_run(trained[arm], 'float32')
-  rough = evaluate.evaluate_run(trained[arm], 'bfloat16')
+  nll, _, text_bytes = read_by_hand(trained(arm))
+  exact = evaluate.evaluate_run(trained(arm), 'float32')
+  rough = evaluate.evaluate_run(trained(arm), 'bfloat16')
   assert exact['tokens_evaluated'] == rough['tokens_evaluated'] == len(nll)
   assert abs(math.log(exact['perplexity']) - nll.mean()) < 1e-4
   assert abs(math.log(rough['perplexity']) - nll.mean()) < 5e-3
@@ -82,10 +87,10 @@ def test_a_second_reading_of_the_protocol_agrees(trained, arm):
 
 @pytest.mark.parametrize('chunk', [1, 5, 32])
 def test_the_chunk_size_changes_nothing(trained, chunk):
-  config = evaluate.read_config(trained['mla'])
+  config = evaluate.read_config(trained('mla'))
   data = load_data(config)
   mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1})
-  model, _ = evaluate.load_model(trained['mla'], config, 257, data.digest, mesh)
+  model, _ = evaluate.load_model(trained('mla'), config, 257, data.digest, mesh)
   windows = eval_windows(data.validation, seq_len=config.seq_len, max_tokens=512)
   nll, bytes_per_token = evaluate.nll_through_cache(model, windows, 'float32', mesh, chunk=chunk)
   expected, _ = evaluate.nll_through_cache(model, windows, 'float32', mesh, chunk=16)
@@ -98,17 +103,17 @@ def test_every_key_and_value_is_seen_through_the_cache(trained, monkeypatch):
   """Wipe what the cache gives back, and the predictions must fall to those of no context at all."""
   from mla import cache as cache_lib
 
-  honest = evaluate.evaluate_run(trained['mla'], 'float32')['perplexity']
+  honest = evaluate.evaluate_run(trained('mla'), 'float32')['perplexity']
   append = cache_lib.append
 
   def forgetful(layer, entries, starts):
     return append(layer, {name: jnp.zeros_like(entry) for name, entry in entries.items()}, starts)
 
   monkeypatch.setattr(cache_lib, 'append', forgetful)
-  config = evaluate.read_config(trained['mla'])
+  config = evaluate.read_config(trained('mla'))
   data = load_data(config)
   mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1})
-  model, _ = evaluate.load_model(trained['mla'], config, 257, data.digest, mesh)
+  model, _ = evaluate.load_model(trained('mla'), config, 257, data.digest, mesh)
   blind = nnx.clone(model)  # attention adds nothing
   blind.blocks.attention.w_o[...] = jnp.zeros_like(blind.blocks.attention.w_o[...])
   windows = eval_windows(data.validation, seq_len=config.seq_len, max_tokens=512)
@@ -144,8 +149,8 @@ def test_the_command_line(trained, tmp_path):
   out, picture = tmp_path / 'eval.json', tmp_path / 'eval.png'
   done = subprocess.run(
     [
-      *(sys.executable, str(ROOT / 'eval.py'), f'--workdir={trained["mla"]}'),
-      *(f'--workdir={trained["mha"]}', '--cache_dtype=int8', f'--json={out}', f'--plot={picture}'),
+      *(sys.executable, str(ROOT / 'eval.py'), f'--workdir={trained("mla")}'),
+      *(f'--workdir={trained("mha")}', '--cache_dtype=int8', f'--json={out}', f'--plot={picture}'),
     ],
     capture_output=True,
     text=True,

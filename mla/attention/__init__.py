@@ -7,13 +7,17 @@ A variant is an nnx.Module built from (config, rngs) with four methods:
   attend_cached(x, cached, positions)    the newest tokens against the cache, for decoding
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from flax import nnx
 from ml_collections import ConfigDict
 
 from mla.attention.grouped import GroupedAttention
 from mla.attention.latent import LatentAttention
+from mla.errors import UserError
 
-VARIANTS: dict[str, type[GroupedAttention] | type[LatentAttention]] = {
+VARIANTS: dict[str, Callable[[ConfigDict, nnx.Rngs], Any]] = {
   'mha': GroupedAttention,
   'gqa': GroupedAttention,
   'mqa': GroupedAttention,
@@ -21,5 +25,8 @@ VARIANTS: dict[str, type[GroupedAttention] | type[LatentAttention]] = {
 }
 
 
-def make_attention(config: ConfigDict, rngs: nnx.Rngs) -> GroupedAttention | LatentAttention:
+def make_attention(config: ConfigDict, rngs: nnx.Rngs) -> Any:
+  """The module that config.attention names; UserError if there is none."""
+  if config.attention not in VARIANTS:
+    raise UserError(f'attention={config.attention}: choose one of {", ".join(VARIANTS)}')
   return VARIANTS[config.attention](config, rngs)

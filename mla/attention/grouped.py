@@ -56,5 +56,5 @@ class GroupedAttention(nnx.Module):
   def _rotate(self, heads: Array, positions: Array) -> Array:
     if self.rotated == heads.shape[-1]:
       return rope(heads, positions, self.rope_base)
-    turned, kept = heads[..., : self.rotated], heads[..., self.rotated :]
+    turned, kept = jnp.split(heads, [self.rotated], axis=-1)
     return jnp.concatenate([rope(turned, positions, self.rope_base), kept], axis=-1)

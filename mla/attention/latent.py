@@ -85,7 +85,8 @@ class LatentAttention(nnx.Module):
       q = project(x, self.w_q)
     else:
       q = project(self.query_norm(project(x, self.w_dq)), self.w_uq)
-    return q[..., : self.nope_dim], rope(q[..., self.nope_dim :], positions, self.rope_base)
+    q_nope, q_rope = jnp.split(q, [self.nope_dim], axis=-1)
+    return q_nope, rope(q_rope, positions, self.rope_base)
 
 
 def _one_head(stored: Stored) -> Stored:

@@ -17,5 +17,5 @@ def rope(
   angles = positions[..., None].astype(jnp.float32) * frequencies
   angles = angles.reshape(*angles.shape[:2], *(1,) * (x.ndim - 3), half)
   cos, sin = jnp.cos(angles), jnp.sin(angles)
-  a, b = x[..., :half], x[..., half:]
+  a, b = jnp.split(x, 2, axis=-1)  # its gradient is one concatenation; two slices' is two pads
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -14,7 +14,7 @@ from flax import nnx
 from mla import cache as cache_lib
 from mla.attention.latent import LatentAttention
 
-LENGTH, BASE = 11, 10_000.0
+LENGTH, BASE = 11, tiny_config().rope_base
 
 
 def rms_norm(x, gain):

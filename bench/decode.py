@@ -1,0 +1,191 @@
+"""Decoding: time a token with a full cache, ours against transformers with the same weights.
+
+python -m bench.decode [--rounds=3] [--variants=mha,mla] [--batch=8] [--contexts=512,2048,8192]
+                       [--cache_dtype=float32] [--json=FILE]
+
+The whole small model, float32. Both read prompts of `context` tokens, then generate greedily; only
+the generation is timed, ours as one compiled loop with a donated cache. The first tokens of both
+must be equal. For MLA, `expanded` is our own model made to expand keys and values from its cache at
+every step. Bytes a step are XLA's count for the compiled step, and the cache's own.
+"""
+
+import argparse
+import importlib
+import json
+import time
+
+import numpy as np
+
+from bench import harness
+
+STEPS, REPEATS, PREFILL = 16, 3, 512  # tokens a measurement, measurements, tokens a prefill chunk
+
+
+def case_config(case: dict):
+  return importlib.import_module(f'configs.{case["variant"]}_small').get_config()
+
+
+def prompts_of(case: dict) -> np.ndarray:
+  shape = (case['batch'], case['context'])
+  return np.random.default_rng(0).integers(0, 256, shape).astype(np.int32)
+
+
+def ours(case: dict) -> dict:
+  import jax
+  import jax.numpy as jnp
+
+  from mla import cpu
+  from mla.attention.latent import LatentAttention
+  from mla.model import allocate_cache, decode, make_model
+
+  cpu.keep_freed_memory()
+  model = make_model(case_config(case), 257)
+  prompts = prompts_of(case)
+
+  def generate(model, cache, token):
+    def step(carry, _):
+      cache, token = carry
+      logits, cache = decode(model, cache, token[:, None])
+      return (cache, jnp.argmax(logits[:, 0], axis=-1)), token
+
+    (cache, token), tokens = jax.lax.scan(step, (cache, token), length=STEPS)
+    return cache, token, tokens.T
+
+  def measure() -> dict:
+    cache = allocate_cache(
+      model,
+      batch=case['batch'],
+      slots=case['context'] + STEPS * (REPEATS + 1),
+      dtype=case['cache_dtype'],
+    )
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
+    fill = jax.jit(decode, donate_argnums=1)
+    for start in range(0, case['context'], PREFILL):
+      logits, cache = fill(model, cache, prompts[:, start : start + PREFILL])
+    token = jnp.argmax(logits[:, -1], axis=-1)
+    began = time.perf_counter()
+    loop = jax.jit(generate, donate_argnums=1).lower(model, cache, token).compile()
+    compiling = time.perf_counter() - began
+    step = jax.jit(decode, donate_argnums=1).lower(model, cache, token[:, None]).compile()
+    times = []
+    for index in range(REPEATS + 1):
+      began = time.perf_counter()
+      cache, token, tokens = loop(model, cache, token)
+      token.block_until_ready()
+      times.append((time.perf_counter() - began) / STEPS)
+      if index == 0:
+        first = np.asarray(tokens)[:, :8].tolist()
+    return {
+      'ms_per_token': 1e3 * min(times[1:]),
+      'compile_seconds': compiling,
+      'bytes_accessed': (step.cost_analysis() or {}).get('bytes accessed'),
+      'cache_bytes': cache_bytes,
+      'first_tokens': first,
+    }
+
+  results = {'absorbed' if case['variant'] == 'mla' else 'cached': measure()}
+  if case['variant'] == 'mla' and case['expanded']:
+    setattr(LatentAttention, 'attend_cached', expanded)  # noqa: B010  (mypy refuses the plain form)
+    results['expanded'] = measure()
+  return results
+
+
+def expanded(self, x, cached, positions):
+  """LatentAttention.attend_cached as it would be without absorption."""
+  import jax.numpy as jnp
+
+  from mla.attention.kernels import cached_attention
+  from mla.cache import Stored
+  from mla.layers import project
+
+  latent = cached['latent'].values.astype(x.dtype)
+  k_nope = project(latent, self.w_uk).swapaxes(1, 2)  # [B, H, S, N]
+  values = project(latent, self.w_uv).swapaxes(1, 2)
+  k_rope = cached['k_rope'].values.astype(x.dtype)[:, None]
+  k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], k_rope.shape[-1]))
+  keys = jnp.concatenate([k_nope, k_rope], axis=-1)
+  query = jnp.concatenate(self._queries(x, positions), axis=-1)
+  out = cached_attention(
+    [query], [Stored(keys, None)], Stored(values, None), positions, scale=self.scale
+  )
+  return project(out, self.w_o, inputs=2)
+
+
+def peer(case: dict) -> dict:
+  import torch
+
+  from bench.peers import make_peer
+  from mla.model import make_model
+
+  torch.set_num_threads(harness.cores())
+  config = case_config(case)
+  ours = make_model(config, 257)
+  prompts = torch.tensor(prompts_of(case), dtype=torch.long)
+  results = {}
+  for attention in ('sdpa', 'eager'):
+    model = make_peer(config, ours, attention).eval()
+    with torch.inference_mode():
+      cache = None
+      for start in range(0, case['context'], PREFILL):
+        chunk = prompts[:, start : start + PREFILL]
+        out = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+      token = out.logits[:, -1].argmax(-1, keepdim=True)
+      times, tokens = [], []
+      for _ in range(REPEATS + 1):
+        began = time.perf_counter()
+        for _ in range(STEPS):
+          tokens.append(token)
+          out = model(token, past_key_values=cache, use_cache=True)
+          token = out.logits[:, -1].argmax(-1, keepdim=True)
+        times.append((time.perf_counter() - began) / STEPS)
+    results[attention] = {
+      'ms_per_token': 1e3 * min(times[1:]),
+      'first_tokens': torch.cat(tokens[:8], dim=1).tolist(),
+    }
+  return results
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--rounds', type=int, default=3)
+  parser.add_argument('--variants', default='mha,mla')
+  parser.add_argument('--batch', type=int, default=8)
+  parser.add_argument('--contexts', default='512,2048,8192')
+  parser.add_argument('--cache_dtype', default='float32')
+  parser.add_argument('--json')
+  parser.add_argument('--worker')
+  args = parser.parse_args()
+  if args.worker:
+    side, case = args.worker.split(':', 1)
+    print(json.dumps({'ours': ours, 'peer': peer}[side](json.loads(case))))
+    return
+  rows = []
+  for variant in args.variants.split(','):
+    for context in map(int, args.contexts.split(',')):
+      case = {
+        'variant': variant,
+        'batch': args.batch,
+        'context': context,
+        'cache_dtype': args.cache_dtype,
+        'expanded': True,
+      }
+      row = harness.side_by_side('bench.decode', case, args.rounds, 'ms_per_token', better=min)
+      settings = row['all_settings']
+      firsts = [s['first_tokens'] for side in settings.values() for s in side.values()]
+      if args.cache_dtype == 'float32' and any(first != firsts[0] for first in firsts):
+        raise AssertionError(f'{variant}: ours and peer do not generate the same tokens')
+      what = f'decode, batch {args.batch}, context {context}, {args.cache_dtype} cache'
+      rows.append({'variant': variant, 'what': what, 'unit': 'ms/token', **row})
+      absorbed = settings['ours'].get('absorbed')
+      if absorbed:
+        times = [settings['ours'][name]['ms_per_token'] for name in ('absorbed', 'expanded')]
+        ratio = times[1] / times[0]
+        own = {'ratio': ratio, 'ratio_min': ratio, 'ratio_max': ratio}
+        own |= {'ours': times[0], 'peer': times[1], 'peer_setting': 'ours, expanded'}
+        rows.append({'variant': variant, 'what': what, 'unit': 'ms/token', **own})
+  harness.report(rows, args.json)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,146 @@
+"""Training step: tokens/s of ours and of transformers on torch, same shape, dtype and weights.
+
+python -m bench.train_step [--rounds=3] [--variants=mha,mla] [--batch=16] [--json=FILE]
+
+One step is forward, gradient, clipping and AdamW on a batch of small-config windows. Before timing,
+the losses of both on one batch must agree to 1e-4. Compilation is reported apart. Both sides may
+keep freed memory (mla/cpu.py); torch is run with it and without, sdpa and eager.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import time
+
+import numpy as np
+
+from bench import harness
+
+SECONDS, WARM_UP = 8.0, 4  # timed for so long, after so many steps
+
+
+def case_config(case: dict):
+  config = importlib.import_module(f'configs.{case["variant"]}_small').get_config()
+  config.batch_size = case['batch']
+  return config
+
+
+def batch_of(case: dict, config) -> np.ndarray:
+  shape = (case['batch'], config.seq_len + 1)
+  return np.random.default_rng(0).integers(0, 256, shape).astype(np.int32)
+
+
+def ours(case: dict) -> dict:
+  import jax
+  from flax import nnx
+
+  from mla import cpu, model, sharding, train
+  from mla.optimizer import make_optimizer
+
+  config = case_config(case)
+  cpu.use_cores(case['batch'])
+  cpu.keep_freed_memory()
+  mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1})
+  with jax.set_mesh(mesh):
+    optimizer = make_optimizer(config)
+    create = functools.partial(train.init_state, config, 257, optimizer)
+    placement = sharding.shardings(jax.eval_shape(create), mesh)
+    state = jax.jit(create, out_shardings=placement)()
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: model.make_model(config, 257)))
+    step = functools.partial(train.train_step, config, graphdef, optimizer)
+    tokens = sharding.put_batch(batch_of(case, config), mesh)
+    began = time.perf_counter()
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(placement, None))
+    compiled = jitted.lower(state, tokens).compile()
+    compiling = time.perf_counter() - began
+    losses = []
+
+    def once():
+      nonlocal state
+      state, measured = compiled(state, tokens)
+      losses.append(measured['loss'])
+
+    rate = measure(once, lambda: float(losses[-1]), tokens.shape[0] * config.seq_len)
+  figures = {'tokens_per_second': rate, 'compile_seconds': compiling, 'loss': float(losses[0])}
+  return {'jit': figures}
+
+
+def peer(case: dict) -> dict:
+  import torch
+
+  from bench.peers import make_peer
+  from mla import cpu
+  from mla.model import make_model
+
+  config = case_config(case)
+  torch.set_num_threads(harness.cores())
+  tokens = torch.tensor(batch_of(case, config), dtype=torch.long)
+  ours = make_model(config, 257)
+  results = {}
+  losses: list[torch.Tensor]
+  for memory in ('usual memory', 'kept memory'):
+    if memory == 'kept memory':
+      cpu.keep_freed_memory()
+    for attention in ('sdpa', 'eager'):
+      model = make_peer(config, ours, attention)
+      optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+      )
+      losses = []
+
+      def once(model=model, optimizer=optimizer, losses=losses):
+        logits = model(tokens[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        losses.append(loss.detach())
+
+      rate = measure(once, lambda: None, tokens.shape[0] * config.seq_len)
+      results[f'{attention}, {memory}'] = {'tokens_per_second': rate, 'loss': float(losses[0])}
+  return results
+
+
+def measure(once, wait, tokens: int) -> float:
+  """Tokens a second of a step in the steady state; `wait` returns when the last one is done."""
+  for _ in range(WARM_UP):
+    once()
+  wait()
+  began, steps = time.perf_counter(), 0
+  while time.perf_counter() - began < SECONDS:
+    for _ in range(5):
+      once()
+    wait()
+    steps += 5
+  return steps * tokens / (time.perf_counter() - began)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--rounds', type=int, default=3)
+  parser.add_argument('--variants', default='mha,mla')
+  parser.add_argument('--batch', type=int, default=16)
+  parser.add_argument('--json')
+  parser.add_argument('--worker')
+  args = parser.parse_args()
+  if args.worker:
+    side, case = args.worker.split(':', 1)
+    print(json.dumps({'ours': ours, 'peer': peer}[side](json.loads(case))))
+    return
+  rows = []
+  for variant in args.variants.split(','):
+    case = {'variant': variant, 'batch': args.batch}
+    row = harness.side_by_side('bench.train_step', case, args.rounds, 'tokens_per_second')
+    settings = row['all_settings']
+    losses = [figures['loss'] for side in settings.values() for figures in side.values()]
+    if max(losses) - min(losses) > 1e-4:
+      raise AssertionError(f'{variant}: ours and peer are not the same model: losses {losses}')
+    what = f'training step, batch {args.batch} x 256, float32'
+    rows.append({'variant': variant, 'what': what, 'unit': 'tokens/s', **row})
+  harness.report(rows, args.json)
+
+
+if __name__ == '__main__':
+  main()
