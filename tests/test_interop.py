@@ -1,5 +1,6 @@
 """The whole model against Hugging Face transformers with the same weights: `make test-interop`."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ARMS, tiny_config
@@ -22,4 +23,4 @@ def test_logits_are_those_of_transformers(arm):
   peer = make_peer(config, model, 'eager').eval()
   with torch.no_grad():
     expected = peer(torch.tensor(tokens, dtype=torch.long), use_cache=False).logits.numpy()
-  np.testing.assert_allclose(forward(model, tokens), expected, atol=2e-5)
+  np.testing.assert_allclose(forward(model, jnp.asarray(tokens)), expected, atol=2e-5)
