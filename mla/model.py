@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 
 from mla import cache as cache_lib
 from mla.attention import make_attention
+from mla.attention.rope import Positions
 from mla.cache import Cache
 from mla.errors import UserError
 from mla.layers import RMSNorm, project, weight
@@ -46,7 +48,7 @@ class Block(nnx.Module):
     self.ffn = FeedForward(config, rngs)
 
   def parallel(
-    self, x: Float[Array, 'B T D'], positions: Int[Array, '#B T']
+    self, x: Float[Array, 'B T D'], positions: Positions
   ) -> tuple[Float[Array, 'B T D'], dict[str, Array]]:
     """All tokens at once; also returns what a cache would keep of them."""
     x = constrain(x, 'B', 'T', 'D_whole')
@@ -74,6 +76,9 @@ REMAT_POLICIES = {
   'latents': jax.checkpoint_policies.save_only_these_names('latents'),
 }
 
+
+# Layers up to which compilation takes no longer unrolled than scanned.
+MOST_UNROLLED = 8
 
 # Of 0.02, 0.09, 0.15 and 1.0 the best at width 128 (docs/log.md).
 EMBEDDING_STD = 0.15
@@ -134,15 +139,18 @@ def forward(model: Decoder, tokens: Int[Array, 'B T']) -> Float[Array, 'B T voca
 
 def _parallel(model: Decoder, tokens: Array) -> tuple[Array, dict[str, Array]]:
   """Logits, and what a cache would keep: entries[name] is [L, B, T, *shape]."""
-  positions = jnp.arange(tokens.shape[1])[None]
+  positions = np.arange(tokens.shape[1])[None]
   graphdef, stacked = nnx.split(model.blocks)
 
   def block(x, leaves):
     return nnx.merge(graphdef, leaves).parallel(x, positions)
 
+  # Rolled, a scan stacks what the backward pass needs and costs a step 12 %; but only a loop's body
+  # is safe from having its recomputation merged away, so remat keeps it.
+  unroll = model.remat == 'none' and model.num_layers <= MOST_UNROLLED
   if model.remat != 'none':
     block = jax.checkpoint(block, policy=REMAT_POLICIES[model.remat], prevent_cse=False)
-  x, entries = jax.lax.scan(block, model.embed(tokens), stacked)
+  x, entries = jax.lax.scan(block, model.embed(tokens), stacked, unroll=unroll)
   return model.logits(x), entries
 
 

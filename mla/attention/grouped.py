@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from mla.attention.kernels import cached_attention, causal_attention
-from mla.attention.rope import rope
+from mla.attention.rope import Positions, rope
 from mla.cache import Shapes, Stored
 from mla.layers import project, weight
 
@@ -33,12 +33,12 @@ class GroupedAttention(nnx.Module):
   def cache_shapes(self) -> Shapes:
     return self.shapes
 
-  def compress(self, x: Float[Array, 'B T D'], positions: Int[Array, '#B T']) -> dict[str, Array]:
+  def compress(self, x: Float[Array, 'B T D'], positions: Positions) -> dict[str, Array]:
     """What the cache keeps of each token: rotated keys [B,T,K,N] and values [B,T,K,V]."""
     return {'k': self._rotate(project(x, self.w_k), positions), 'v': project(x, self.w_v)}
 
   def attend(
-    self, x: Float[Array, 'B T D'], entries: dict[str, Array], positions: Int[Array, '#B T']
+    self, x: Float[Array, 'B T D'], entries: dict[str, Array], positions: Positions
   ) -> Float[Array, 'B T D']:
     """Every token attends to those before it, in parallel."""
     q = self._rotate(project(x, self.w_q), positions)
@@ -53,7 +53,7 @@ class GroupedAttention(nnx.Module):
     out = cached_attention([q], [cached['k']], cached['v'], positions, scale=self.scale)
     return project(out, self.w_o, inputs=2)
 
-  def _rotate(self, heads: Array, positions: Array) -> Array:
+  def _rotate(self, heads: Array, positions: Positions) -> Array:
     if self.rotated == heads.shape[-1]:
       return rope(heads, positions, self.rope_base)
     turned, kept = jnp.split(heads, [self.rotated], axis=-1)

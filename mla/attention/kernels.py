@@ -92,7 +92,7 @@ def _blockwise_forward(q, k, v, block):
 def _blockwise_backward(block, saved, d_out):
   q, k, v, out, log_sum = saved
   # d_scores = weights * (d_weights - sum_s weights * d_weights), and that sum is <out, d_out>.
-  mean = jnp.sum(out.astype(jnp.float32) * d_out, axis=-1, keepdims=True)
+  mean = dot('bkgtv,bkgtv->bkgt', out, d_out)[..., None]
 
   def row_gradients(carry, row):
     queries, d_rows, log_sums, means = (_cut(x, row, block) for x in (q, d_out, log_sum, mean))

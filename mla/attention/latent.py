@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from mla.attention.kernels import cached_attention, causal_attention
-from mla.attention.rope import rope
+from mla.attention.rope import Positions, rope
 from mla.cache import Shapes, Stored
 from mla.layers import RMSNorm, project, weight
 
@@ -47,13 +47,13 @@ class LatentAttention(nnx.Module):
   def cache_shapes(self) -> Shapes:
     return self.shapes
 
-  def compress(self, x: Float[Array, 'B T D'], positions: Int[Array, '#B T']) -> dict[str, Array]:
+  def compress(self, x: Float[Array, 'B T D'], positions: Positions) -> dict[str, Array]:
     """What the cache keeps of each token: normed latent [B,T,C], turned key [B,T,R] (eq. 9, 15)."""
     latent = self.latent_norm(project(x, self.w_dkv))
     return {'latent': latent, 'k_rope': rope(project(x, self.w_kr), positions, self.rope_base)}
 
   def attend(
-    self, x: Float[Array, 'B T D'], entries: dict[str, Array], positions: Int[Array, '#B T']
+    self, x: Float[Array, 'B T D'], entries: dict[str, Array], positions: Positions
   ) -> Float[Array, 'B T D']:
     """Expanded: tokens attend to those before them, keys and values per head (eq. 10-19)."""
     q = jnp.concatenate(self._queries(x, positions), axis=-1)
@@ -78,7 +78,7 @@ class LatentAttention(nnx.Module):
     return project(out, self.w_o, inputs=2)
 
   def _queries(
-    self, x: Float[Array, 'B T D'], positions: Int[Array, '#B T']
+    self, x: Float[Array, 'B T D'], positions: Positions
   ) -> tuple[Float[Array, 'B T H N'], Float[Array, 'B T H R']]:
     """The position-free and the rotary part of each head's query (eq. 12-14, 37-38)."""
     if hasattr(self, 'w_q'):

@@ -1,11 +1,15 @@
 """Rotary position embedding."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+Positions = Int[Array | np.ndarray, '#B T']
+"""Each token's place in its row. Where numpy knows it, XLA folds the angles into constants."""
 
 
 def rope(
-  x: Float[Array, 'B T *heads R'], positions: Int[Array, '#B T'], base: float
+  x: Float[Array, 'B T *heads R'], positions: Positions, base: float
 ) -> Float[Array, 'B T *heads R']:
   """Rotates x by its tokens' positions (Su et al. 2021, arXiv 2104.09864).
 
@@ -13,7 +17,7 @@ def rope(
   token. R is even. Angles are float32 whatever x's dtype.
   """
   half = x.shape[-1] // 2
-  frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  frequencies = (base ** (-np.arange(half) / half)).astype(np.float32)
   angles = positions[..., None].astype(jnp.float32) * frequencies
   angles = angles.reshape(*angles.shape[:2], *(1,) * (x.ndim - 3), half)
   cos, sin = jnp.cos(angles), jnp.sin(angles)
