@@ -5,20 +5,31 @@ python -m bench.decode [--rounds=3] [--variants=mha,mla] [--batch=8] [--contexts
 
 The whole small model, float32. Both read prompts of `context` tokens, then generate greedily; only
 the generation is timed, ours as one compiled loop with a donated cache. The first tokens of both
-must be equal. For MLA, `expanded` is our own model made to expand keys and values from its cache at
-every step. Bytes a step are XLA's count for the compiled step, and the cache's own.
+must be equal. transformers is run with its dynamic cache (sdpa and eager) and its static one, plain
+and under torch.compile where there is a C++ compiler; its best counts. For MLA, `expanded` is our
+own model made to expand keys and values from its cache at every step.
 """
 
 import argparse
 import importlib
 import json
+import shutil
 import time
+from typing import Any
 
 import numpy as np
 
 from bench import harness
 
-STEPS, REPEATS, PREFILL = 16, 3, 512  # tokens a measurement, measurements, tokens a prefill chunk
+STEPS, REPEATS = 16, 3  # tokens a measurement, measurements
+PREFILL = 512  # tokens a chunk of the peer's prefill
+CHECKED = 8  # generated tokens that must be equal
+PEER_SETTINGS = (
+  'sdpa, dynamic cache',
+  'eager, dynamic cache',
+  'sdpa, static cache',
+  'sdpa, static cache compiled',
+)
 
 
 def case_config(case: dict):
@@ -36,7 +47,7 @@ def ours(case: dict) -> dict:
 
   from mla import cpu
   from mla.attention.latent import LatentAttention
-  from mla.model import allocate_cache, decode, make_model
+  from mla.model import allocate_cache, decode, make_model, prefill
 
   cpu.keep_freed_memory()
   model = make_model(case_config(case), 257)
@@ -51,22 +62,17 @@ def ours(case: dict) -> dict:
     (cache, token), tokens = jax.lax.scan(step, (cache, token), length=STEPS)
     return cache, token, tokens.T
 
+  fill = jax.jit(prefill, donate_argnums=1)
+
   def measure() -> dict:
-    cache = allocate_cache(
-      model,
-      batch=case['batch'],
-      slots=case['context'] + STEPS * (REPEATS + 1),
-      dtype=case['cache_dtype'],
-    )
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
-    fill = jax.jit(decode, donate_argnums=1)
-    for start in range(0, case['context'], PREFILL):
-      logits, cache = fill(model, cache, prompts[:, start : start + PREFILL])
+    slots = case['context'] + STEPS * (REPEATS + 1)
+    batch = case['batch']
+    cache = allocate_cache(model, batch=batch, slots=slots, dtype=case['cache_dtype'])
+    logits, cache = fill(model, cache, prompts, np.full(batch, case['context'], np.int32))
     token = jnp.argmax(logits[:, -1], axis=-1)
     began = time.perf_counter()
     loop = jax.jit(generate, donate_argnums=1).lower(model, cache, token).compile()
     compiling = time.perf_counter() - began
-    step = jax.jit(decode, donate_argnums=1).lower(model, cache, token[:, None]).compile()
     times = []
     for index in range(REPEATS + 1):
       began = time.perf_counter()
@@ -74,18 +80,18 @@ def ours(case: dict) -> dict:
       token.block_until_ready()
       times.append((time.perf_counter() - began) / STEPS)
       if index == 0:
-        first = np.asarray(tokens)[:, :8].tolist()
+        first = np.asarray(tokens)[:, :CHECKED].tolist()
     return {
       'ms_per_token': 1e3 * min(times[1:]),
       'compile_seconds': compiling,
-      'bytes_accessed': (step.cost_analysis() or {}).get('bytes accessed'),
-      'cache_bytes': cache_bytes,
+      'cache_bytes': cache.nbytes(),
       'first_tokens': first,
     }
 
   results = {'absorbed' if case['variant'] == 'mla' else 'cached': measure()}
-  if case['variant'] == 'mla' and case['expanded']:
+  if case['variant'] == 'mla':
     setattr(LatentAttention, 'attend_cached', expanded)  # noqa: B010  (mypy refuses the plain form)
+    jax.clear_caches()  # or jit would take the absorbed trace again
     results['expanded'] = measure()
   return results
 
@@ -113,6 +119,7 @@ def expanded(self, x, cached, positions):
 
 def peer(case: dict) -> dict:
   import torch
+  import transformers
 
   from bench.peers import make_peer
   from mla.model import make_model
@@ -121,27 +128,35 @@ def peer(case: dict) -> dict:
   config = case_config(case)
   ours = make_model(config, 257)
   prompts = torch.tensor(prompts_of(case), dtype=torch.long)
+  slots = case['context'] + STEPS * (REPEATS + 2)
   results = {}
-  for attention in ('sdpa', 'eager'):
-    model = make_peer(config, ours, attention).eval()
+  models = {name: make_peer(config, ours, name).eval() for name in ('sdpa', 'eager')}
+  for setting in PEER_SETTINGS if shutil.which('c++') else PEER_SETTINGS[:-1]:
+    attention, kind = setting.split(', ')
+    model: Any = models[attention]
+    if kind == 'dynamic cache':
+      cache: Any = transformers.DynamicCache(config=model.config)
+    else:
+      cache = transformers.StaticCache(config=model.config, max_cache_len=slots)
     with torch.inference_mode():
-      cache = None
       for start in range(0, case['context'], PREFILL):
         chunk = prompts[:, start : start + PREFILL]
-        out = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
+        out = models['sdpa'](chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+      step = torch.compile(model) if kind == 'static cache compiled' else model
       token = out.logits[:, -1].argmax(-1, keepdim=True)
       times, tokens = [], []
-      for _ in range(REPEATS + 1):
-        began = time.perf_counter()
-        for _ in range(STEPS):
-          tokens.append(token)
-          out = model(token, past_key_values=cache, use_cache=True)
-          token = out.logits[:, -1].argmax(-1, keepdim=True)
-        times.append((time.perf_counter() - began) / STEPS)
-    results[attention] = {
-      'ms_per_token': 1e3 * min(times[1:]),
-      'first_tokens': torch.cat(tokens[:8], dim=1).tolist(),
+      began = time.perf_counter()
+      for index in range(STEPS * (REPEATS + 1)):
+        if index % STEPS == 0:
+          times.append(time.perf_counter())
+        tokens.append(token)
+        token = step(token, past_key_values=cache, use_cache=True).logits[:, -1]
+        token = token.argmax(-1, keepdim=True)
+      times.append(time.perf_counter())
+    results[setting] = {
+      'ms_per_token': 1e3 * float(np.diff(times)[1:].min()) / STEPS,
+      'first_16_tokens_seconds': times[1] - began,
+      'first_tokens': torch.cat(tokens[:CHECKED], dim=1).tolist(),
     }
   return results
 
@@ -168,7 +183,6 @@ def main() -> None:
         'batch': args.batch,
         'context': context,
         'cache_dtype': args.cache_dtype,
-        'expanded': True,
       }
       row = harness.side_by_side('bench.decode', case, args.rounds, 'ms_per_token', better=min)
       settings = row['all_settings']

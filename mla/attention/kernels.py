@@ -148,14 +148,18 @@ def cached_attention(
   groups = values.values.shape[1]
   scores = jnp.zeros((), jnp.float32)
   for query, key in zip(queries, keys, strict=True):
-    rows = query.reshape(batch, length, groups, heads // groups, -1)
+    rows = (query * scale).reshape(batch, length, groups, heads // groups, -1)
     part = dot('btkgn,bksn->bkgts', rows, key.values.astype(query.dtype))
     scores += part if key.scale is None else part * key.scale[:, :, None, None, :]
   slots = jnp.arange(values.values.shape[2])
   visible = slots <= positions[:, None, None, :, None]
-  weights = jax.nn.softmax(jnp.where(visible, scores * scale, -jnp.inf), axis=-1)
+  scores = jnp.where(visible, scores, -jnp.inf)
+  # Divided by their total only after they met the values: one pass over the slots less.
+  weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+  total = jnp.sum(weights, axis=-1, keepdims=True)
   if values.scale is not None:
     weights *= values.scale[:, :, None, None, :]
   dtype = queries[0].dtype
-  out = dot('bkgts,bksv->btkgv', weights.astype(dtype), values.values.astype(dtype))
-  return out.reshape(batch, length, heads, -1).astype(dtype)
+  # The output keeps the operands' order; any other makes XLA's CPU backend transpose the values.
+  out = dot('bkgts,bksv->bkgtv', weights.astype(dtype), values.values.astype(dtype)) / total
+  return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, -1).astype(dtype)
