@@ -5,13 +5,13 @@ python -m bench.decode [--rounds=3] [--variants=mha,mla] [--batch=8] [--contexts
 
 The whole small model, float32. Both read prompts of `context` tokens, then generate greedily; only
 the generation is timed, ours as one compiled loop with a donated cache. The first tokens of both
-must be equal. transformers is run with its dynamic cache (sdpa and eager) and its static one, plain
+must be equal. Ours is run on one device and with the batch split over one device a core;
+transformers is run with its dynamic cache (sdpa and eager) and its static one, plain
 and under torch.compile where there is a C++ compiler; its best counts. For MLA, `expanded` is our
 own model made to expand keys and values from its cache at every step.
 """
 
 import argparse
-import importlib
 import json
 import shutil
 import time
@@ -21,7 +21,6 @@ import numpy as np
 
 from bench import harness
 
-STEPS, REPEATS = 16, 3  # tokens a measurement, measurements
 PREFILL = 512  # tokens a chunk of the peer's prefill
 CHECKED = 8  # generated tokens that must be equal
 PEER_SETTINGS = (
@@ -30,10 +29,6 @@ PEER_SETTINGS = (
   'sdpa, static cache',
   'sdpa, static cache compiled',
 )
-
-
-def case_config(case: dict):
-  return importlib.import_module(f'configs.{case["variant"]}_small').get_config()
 
 
 def prompts_of(case: dict) -> np.ndarray:
@@ -45,54 +40,36 @@ def ours(case: dict) -> dict:
   import jax
   import jax.numpy as jnp
 
+  from bench import generation
   from mla import cpu
   from mla.attention.latent import LatentAttention
-  from mla.model import allocate_cache, decode, make_model, prefill
+  from mla.model import allocate_cache, make_model, prefill
 
+  cpu.use_cores(case['batch'])
   cpu.keep_freed_memory()
-  model = make_model(case_config(case), 257)
+  model = make_model(generation.small_config(case['variant']), 257)
   prompts = prompts_of(case)
-
-  def generate(model, cache, token):
-    def step(carry, _):
-      cache, token = carry
-      logits, cache = decode(model, cache, token[:, None])
-      return (cache, jnp.argmax(logits[:, 0], axis=-1)), token
-
-    (cache, token), tokens = jax.lax.scan(step, (cache, token), length=STEPS)
-    return cache, token, tokens.T
-
+  lengths = np.full(case['batch'], case['context'], np.int32)
   fill = jax.jit(prefill, donate_argnums=1)
 
-  def measure() -> dict:
-    slots = case['context'] + STEPS * (REPEATS + 1)
-    batch = case['batch']
-    cache = allocate_cache(model, batch=batch, slots=slots, dtype=case['cache_dtype'])
-    logits, cache = fill(model, cache, prompts, np.full(batch, case['context'], np.int32))
-    token = jnp.argmax(logits[:, -1], axis=-1)
-    began = time.perf_counter()
-    loop = jax.jit(generate, donate_argnums=1).lower(model, cache, token).compile()
-    compiling = time.perf_counter() - began
-    times = []
-    for index in range(REPEATS + 1):
-      began = time.perf_counter()
-      cache, token, tokens = loop(model, cache, token)
-      token.block_until_ready()
-      times.append((time.perf_counter() - began) / STEPS)
-      if index == 0:
-        first = np.asarray(tokens)[:, :CHECKED].tolist()
-    return {
-      'ms_per_token': 1e3 * min(times[1:]),
-      'compile_seconds': compiling,
-      'cache_bytes': cache.nbytes(),
-      'first_tokens': first,
-    }
+  def measure(devices: int) -> dict:
+    slots = case['context'] + generation.SLOTS
+    empty = allocate_cache(model, batch=case['batch'], slots=slots, dtype=case['cache_dtype'])
+    mesh = generation.mesh_of(devices)
+    with jax.set_mesh(mesh):
+      placed, cache = generation.place(model, empty, mesh)
+      logits, cache = fill(placed, cache, prompts, lengths)
+      figures, tokens = generation.time_generation(placed, cache, jnp.argmax(logits[:, -1], -1))
+    return {**figures, 'first_tokens': tokens[0][:, :CHECKED].tolist()}
 
-  results = {'absorbed' if case['variant'] == 'mla' else 'cached': measure()}
-  if case['variant'] == 'mla':
-    setattr(LatentAttention, 'attend_cached', expanded)  # noqa: B010  (mypy refuses the plain form)
-    jax.clear_caches()  # or jit would take the absorbed trace again
-    results['expanded'] = measure()
+  forms = ['absorbed', 'expanded'] if case['variant'] == 'mla' else ['cached']
+  results = {}
+  for form in forms:
+    if form == 'expanded':
+      setattr(LatentAttention, 'attend_cached', expanded)  # noqa: B010  (mypy refuses the plain form)
+      jax.clear_caches()  # or jit would take the absorbed trace again
+    for devices in sorted({1, jax.device_count()}):
+      results[f'{form}, devices={devices}'] = measure(devices)
   return results
 
 
@@ -121,14 +98,15 @@ def peer(case: dict) -> dict:
   import torch
   import transformers
 
+  from bench.generation import REPEATS, SLOTS, STEPS, small_config
   from bench.peers import make_peer
   from mla.model import make_model
 
   torch.set_num_threads(harness.cores())
-  config = case_config(case)
+  config = small_config(case['variant'])
   ours = make_model(config, 257)
   prompts = torch.tensor(prompts_of(case), dtype=torch.long)
-  slots = case['context'] + STEPS * (REPEATS + 2)
+  slots = case['context'] + SLOTS
   results = {}
   models = {name: make_peer(config, ours, name).eval() for name in ('sdpa', 'eager')}
   for setting in PEER_SETTINGS if shutil.which('c++') else PEER_SETTINGS[:-1]:
@@ -191,13 +169,24 @@ def main() -> None:
         raise AssertionError(f'{variant}: ours and peer do not generate the same tokens')
       what = f'decode, batch {args.batch}, context {context}, {args.cache_dtype} cache'
       rows.append({'variant': variant, 'what': what, 'unit': 'ms/token', **row})
-      absorbed = settings['ours'].get('absorbed')
-      if absorbed:
-        times = [settings['ours'][name]['ms_per_token'] for name in ('absorbed', 'expanded')]
-        ratio = times[1] / times[0]
-        own = {'ratio': ratio, 'ratio_min': ratio, 'ratio_max': ratio}
-        own |= {'ours': times[0], 'peer': times[1], 'peer_setting': 'ours, expanded'}
-        rows.append({'variant': variant, 'what': what, 'unit': 'ms/token', **own})
+      if variant == 'mla':
+        own = settings['ours']
+        forms = {
+          form: min(own[name]['ms_per_token'] for name in own if name.startswith(form))
+          for form in ('absorbed', 'expanded')
+        }
+        ratio = forms['expanded'] / forms['absorbed']
+        rows.append(
+          {
+            'variant': variant,
+            'what': what,
+            'unit': 'ms/token',
+            'ours': forms['absorbed'],
+            'peer': forms['expanded'],
+            'peer_setting': 'ours, expanded',
+            **{name: ratio for name in ('ratio', 'ratio_min', 'ratio_max')},
+          }
+        )
   harness.report(rows, args.json)
 
 

@@ -102,6 +102,11 @@ def table(rows: list[dict]) -> str:
 def report(rows: list[dict], path: str | None) -> None:
   """Prints the table; writes the JSON where a path is given."""
   print(table(rows))
+  write(rows, path)
+
+
+def write(rows: list[dict], path: str | None) -> None:
+  """The JSON, where a path is given."""
   if path:
     content = {'hardware': hardware(), 'versions': versions(), 'rows': rows}
     Path(path).write_text(json.dumps(content, indent=2) + '\n')

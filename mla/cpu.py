@@ -7,15 +7,24 @@ import sys
 import jax
 
 # glibc's mallopt parameters (malloc.h), and the largest value they take.
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX, LARGEST = -1, -4, -8, 2**31 - 1
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX, LARGEST = -1, -2, -4, -8, 2**31 - 1
+MADV_HUGEPAGE, HUGE = 14, 2**21  # linux/mman.h; bytes of a huge page on x86-64 and most ARM
+HEAP = 2**30  # bytes the heap grows by; only what is touched becomes memory
 
 
-def use_cores(rows: int) -> None:
+def core_count() -> int:
+  """Cores this process may run on."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def use_cores(rows: int, cores: int = 0) -> None:
   """One device a core, as far as `rows` of a batch split over them; touches no GPU or TPU.
+
+  cores=0 takes all there are.
 
   Two devices ran the small configs 1.2 times faster than one with two threads.
   """
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+  cores = cores or core_count()
   devices = max(n for n in range(1, cores + 1) if rows % n == 0)
   jax.config.update('jax_num_cpu_devices', devices)
 
@@ -25,12 +34,23 @@ def keep_freed_memory() -> None:
 
   XLA allocates a program's working memory anew at each call. By default glibc maps and unmaps it
   each time, and the page faults cost a third of a training step (docs/log.md). One arena, because
-  the others hold no block above 64 MB. Only glibc has the call; elsewhere nothing happens.
+  the others hold no block above 64 MB. The heap still grows for some hundred steps until it has a
+  hole for every block; huge pages make that growth 512 times fewer faults. Only glibc has the
+  call; elsewhere nothing happens.
   """
   if sys.platform != 'linux':
     return
-  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-  if mallopt is not None:
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, LARGEST)
-    mallopt(M_ARENA_MAX, 1)
+  libc = ctypes.CDLL(None)
+  if not hasattr(libc, 'mallopt'):
+    return
+  for parameter, value in (
+    (M_MMAP_MAX, 0),
+    (M_TRIM_THRESHOLD, LARGEST),
+    (M_ARENA_MAX, 1),
+    (M_TOP_PAD, HEAP),
+  ):
+    libc.mallopt(parameter, value)
+  libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+  libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(HEAP // 8))))  # the heap grows now
+  end = libc.sbrk(0) // HUGE * HUGE
+  libc.madvise(ctypes.c_void_p(end - HEAP), ctypes.c_size_t(HEAP), MADV_HUGEPAGE)

@@ -4,8 +4,9 @@ Both take grouped heads without repeating keys or values, key and value heads of
 and keep the softmax in float32.
 """
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,20 @@ from mla.cache import Stored
 # Tokens a block. Small blocks waste less of the diagonal's masked half and stay in a core's cache,
 # large ones make fewer and better matmuls. Measured on CPU: docs/log.md.
 SHORT_BLOCK, LONG_BLOCK, SHORT = 64, 256, 512
+
+_one_block = False
+
+
+@contextlib.contextmanager
+def one_block() -> Iterator[None]:
+  """While it lasts, causal_attention is traced as a single block: no loop hides FLOPs from XLA."""
+  global _one_block
+  _one_block = True
+  try:
+    yield
+  finally:
+    _one_block = False
+
 
 dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -37,6 +52,7 @@ def causal_attention(
   batch, length, heads, _ = q.shape
   groups = k.shape[2]
   block = min(block or (SHORT_BLOCK if length <= SHORT else LONG_BLOCK), length)
+  block = length if _one_block else block
   fill = ((0, 0), (0, -length % block), (0, 0), (0, 0))  # no real query sees the padding's keys
   q, k, v = (jnp.pad(x, fill) for x in (q * scale, k, v))
   grouped = q.reshape(*q.shape[:2], groups, heads // groups, -1).transpose(0, 2, 3, 1, 4)

@@ -1,0 +1,121 @@
+"""Our decoding alone: time a token against context, batch, variant and cache dtype.
+
+python -m bench.decode_growth [--variants=mha,gqa,mqa,mla] [--dtypes=float32,bfloat16,int8]
+                              [--contexts=512,2048,8192,32768] [--batches=1,8,32] [--json=FILE]
+
+The caches are filled with noise, for a step's time does not depend on what it reads. `bytes
+accessed` is XLA's count for the compiled step on one device: how many times the cache is read.
+There is no peer; bench.decode has one.
+"""
+
+import argparse
+import json
+from typing import Any
+
+from bench import harness
+
+ACCESSED_AT = (8, 8192)  # batch and context whose compiled step's bytes are counted
+
+
+def measure(case: dict) -> dict:
+  """{setting: figures} of one variant and dtype over all contexts and batches."""
+  import jax
+  import jax.numpy as jnp
+
+  from bench import generation
+  from mla import cpu
+  from mla.model import decode, make_model
+
+  cpu.use_cores(max(case['batches']))
+  cpu.keep_freed_memory()
+  model = make_model(generation.small_config(case['variant']), 257)
+  results = {}
+  for batch in case['batches']:
+    mesh = generation.mesh_of(max(n for n in range(1, harness.cores() + 1) if batch % n == 0))
+    for context in case['contexts']:
+      with jax.set_mesh(mesh):
+        cache = generation.noise_cache(model, batch, context, case['cache_dtype'])
+        placed, cache = generation.place(model, cache, mesh)
+        figures, _ = generation.time_generation(placed, cache, jnp.zeros(batch, jnp.int32))
+      if (batch, context) == ACCESSED_AT:
+        cache = generation.noise_cache(model, batch, context, case['cache_dtype'])
+        token = jnp.zeros((batch, 1), jnp.int32)
+        step = jax.jit(decode, donate_argnums=1).lower(model, cache, token).compile()
+        costs: Any = step.cost_analysis()
+        figures['bytes_accessed'] = costs['bytes accessed']
+      results[f'{batch} x {context}'] = figures
+  return results
+
+
+def rows_of(case: dict, results: dict) -> list[dict]:
+  rows = []
+  for setting, figures in results.items():
+    batch, context = map(int, setting.split(' x '))
+    rows.append(
+      {
+        'variant': case['variant'],
+        'what': f'decode, batch {batch}, context {context}, {case["cache_dtype"]} cache',
+        'unit': 'ms/token',
+        'ours': figures['ms_per_token'],
+        'peer': None,
+        'ratio': None,
+        'batch': batch,
+        'context': context,
+        **figures,
+      }
+    )
+  return rows
+
+
+def table(case: dict, results: dict) -> str:
+  """A line a batch: ms a token by context, and time's growth against that of the bytes."""
+  lines = []
+  first, last = case['contexts'][-2:] if len(case['contexts']) > 1 else case['contexts'] * 2
+  for batch in case['batches']:
+    of = {context: results[f'{batch} x {context}'] for context in case['contexts']}
+    times = '  '.join(f'{of[context]["ms_per_token"]:9.2f}' for context in of)
+    time = of[last]['ms_per_token'] / of[first]['ms_per_token']
+    size = of[last]['cache_bytes'] / of[first]['cache_bytes']
+    speed = of[last]['cache_bytes'] / of[last]['ms_per_token'] / 1e6
+    lines.append(
+      f'{case["variant"]:4}  {case["cache_dtype"]:8}  batch {batch:2}  {times}  '
+      f'time x {time:.2f}  bytes x {size:.2f}  {speed:.1f} GB/s'
+    )
+  accessed = results.get('{} x {}'.format(*ACCESSED_AT), {})
+  if 'bytes_accessed' in accessed:
+    times_read = accessed['bytes_accessed'] / accessed['cache_bytes']
+    lines.append(f'{"":16}bytes accessed / cache bytes at 8 x 8192: {times_read:.2f}')
+  return '\n'.join(lines)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--variants', default='mha,gqa,mqa,mla')
+  parser.add_argument('--dtypes', default='float32,bfloat16,int8')
+  parser.add_argument('--contexts', default='512,2048,8192,32768')
+  parser.add_argument('--batches', default='1,8,32')
+  parser.add_argument('--json')
+  parser.add_argument('--worker')
+  args = parser.parse_args()
+  if args.worker:
+    print(json.dumps(measure(json.loads(args.worker.split(':', 1)[1]))))
+    return
+  contexts, batches = ([int(n) for n in x.split(',')] for x in (args.contexts, args.batches))
+  print(f'ms a token at contexts {args.contexts}; growth from {contexts[-2:]}')
+  rows = []
+  for variant in args.variants.split(','):
+    for dtype in args.dtypes.split(','):
+      case = {
+        'variant': variant,
+        'cache_dtype': dtype,
+        'contexts': contexts,
+        'batches': batches,
+      }
+      results = harness.run_worker('bench.decode_growth', 'ours', case)
+      print(table(case, results), flush=True)
+      rows += rows_of(case, results)
+  harness.write(rows, args.json)
+
+
+if __name__ == '__main__':
+  main()
