@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
-from mla import cli, cpu, evaluate, report
+from mla import cli, cpu, evaluate, plots, report
 from mla.errors import UserError
 
 WORKDIRS = flags.DEFINE_multi_string('workdir', [], 'a run; give it again for each further one')
@@ -31,7 +31,7 @@ def main() -> None:
   if JSON.value:
     Path(JSON.value).write_text(json.dumps({'runs': runs}, indent=2) + '\n')
   if PLOT.value:
-    report.plot(runs, Path(PLOT.value))
+    plots.save(plots.perplexity, Path(PLOT.value), runs)
 
 
 if __name__ == '__main__':

@@ -40,13 +40,18 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
   absl.logging.set_verbosity(absl.logging.FATAL)
   try:
     _parse(argv)
-    if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-      jax.config.update('jax_compilation_cache_dir', str(COMPILATION_CACHE.expanduser()))
+    use_compilation_cache()
     sys.exit(main() or 0)
   except UserError as error:
     sys.exit(_complain(error, EXIT_USER_ERROR))
   except Diverged as error:
     sys.exit(_complain(error, EXIT_FAILED))
+
+
+def use_compilation_cache() -> None:
+  """Keeps what XLA compiles in COMPILATION_CACHE, unless the environment names another place."""
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    jax.config.update('jax_compilation_cache_dir', str(COMPILATION_CACHE.expanduser()))
 
 
 def _complain(error: Exception, code: int) -> int:

@@ -52,6 +52,19 @@ def evaluate_run(
   Raises UserError for a folder that holds no run, a damaged checkpoint, or a text that is not the
   one it was trained beside.
   """
+  return score_run(workdir, cache_dtype, say)[0]
+
+
+def score_run(
+  workdir: Path,
+  cache_dtype: str,
+  say: Callable[[str], None] = lambda line: None,
+  max_tokens: int | None = None,
+) -> tuple[dict, Float[np.ndarray, ' W']]:
+  """evaluate_run's figures, and each window's total NLL in nats.
+
+  With max_tokens: on about so many targets in whole windows, evenly spread over the split.
+  """
   if cache_dtype not in cache_lib.DTYPES:
     raise UserError(f'--cache_dtype={cache_dtype}: choose one of {", ".join(cache_lib.DTYPES)}')
   config = read_config(workdir)
@@ -62,13 +75,13 @@ def evaluate_run(
   data = load_data(config)
   mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1})
   model, step = load_model(workdir, config, data.tokenizer.vocab_size, data.digest, mesh)
-  windows = eval_windows(data.validation, seq_len=config.seq_len)
+  windows = eval_windows(data.validation, seq_len=config.seq_len, max_tokens=max_tokens)
   say(f'{workdir}: {windows.mask.sum():,} targets through a {cache_dtype} cache')
   nll, bytes_per_token = nll_through_cache(model, windows, cache_dtype, mesh)
   targets = windows.mask.sum(axis=1)
   text_bytes = np.sum(data.tokenizer.byte_lengths[windows.tokens[:, 1:]] * windows.mask)
   total, body = model_lib.count_params(model)
-  return {
+  figures = {
     'workdir': str(workdir),
     'attention': config.attention,
     'latent_dim': config.latent_dim if config.attention == 'mla' else None,
@@ -82,6 +95,7 @@ def evaluate_run(
     'bits_per_byte': float(nll.sum() / (math.log(2) * text_bytes)),
     'tokens_evaluated': int(targets.sum()),
   }
+  return figures, nll
 
 
 def load_model(

@@ -29,7 +29,7 @@ SMALL = {
 
 def test_the_readmes_commands_run(tmp_path):
   """On a copy of the checkout's code, so that runs/ and results/ here are left alone."""
-  for name in ('train.py', 'eval.py', 'configs', 'mla'):
+  for name in ('train.py', 'eval.py', 'sweep.py', 'configs', 'mla'):
     (tmp_path / name).symlink_to(ROOT / name)
   (tmp_path / 'results').mkdir()
   text = tmp_path / 'text.txt'
@@ -42,7 +42,7 @@ def test_the_readmes_commands_run(tmp_path):
       words = shlex.split(recipe[1])
     if words[:1] != ['python']:
       continue
-    if words[1] == 'train.py':
+    if words[1] in ('train.py', 'sweep.py'):
       small = {**SMALL, 'data.files': text}
       words[3:3] = [f'--config.{name}={value}' for name, value in small.items()]
     done = subprocess.run(

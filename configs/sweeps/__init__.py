@@ -1,0 +1,1 @@
+"""Named arms for sweep.py --arms=FILE."""

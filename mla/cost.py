@@ -1,0 +1,113 @@
+"""What an arm costs, from the compiled program and the allocated arrays rather than from formulas.
+
+Nothing here trains or draws weights: programs are compiled for abstract arrays on one device.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from mla import model as model_lib
+from mla.attention import kernels
+from mla.optimizer import make_optimizer
+from mla.train import init_state, token_nll, train_step
+
+
+def training_costs(config: ConfigDict, vocab: int) -> dict[str, Any]:
+  """What the report needs of an arm: FLOPs a token, and memory with and without kept latents."""
+  return {
+    'flops_per_token': train_flops_per_token(config, vocab),
+    'training_memory': {
+      remat: {
+        'peak_bytes': train_peak_bytes(config, vocab, remat),
+        'activation_bytes': activation_bytes(config, vocab, remat),
+      }
+      for remat in ('none', 'latents')
+    },
+  }
+
+
+def train_flops_per_token(config: ConfigDict, vocab: int) -> float:
+  """XLA's count of a training step's floating-point operations over its tokens.
+
+  XLA counts a loop's body once. So the step is compiled with attention as one block over the whole
+  T x T square, its scores kept for the backward pass (the causal blocks that run skip up to half of
+  the square, but compute scores twice), and with one and two layers, of which the second's cost is
+  taken num_layers - 1 times. What remat computes again is not counted.
+  """
+
+  def flops(layers: int) -> float:
+    with kernels.one_block():
+      compiled = _compile_step(
+        _copy(config, num_layers=layers, remat='none', accumulation_steps=1), vocab
+      )
+    return compiled.cost_analysis()['flops']
+
+  one = flops(1)
+  total = one + (config.num_layers - 1) * (flops(2) - one)
+  return total / (config.batch_size * config.seq_len)
+
+
+def train_peak_bytes(config: ConfigDict, vocab: int, remat: str) -> int:
+  """The training step's arguments (weights, optimiser, batch) and working memory, as compiled."""
+  memory = _compile_step(_copy(config, remat=remat), vocab).memory_analysis()
+  return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+
+def activation_bytes(config: ConfigDict, vocab: int, remat: str) -> int:
+  """Bytes that the forward pass of one batch keeps for the backward pass, weights aside.
+
+  The sizes of what jax.vjp's function closes over, before XLA's fusion drops or merges any of it.
+  """
+  config = _copy(config, remat=remat)
+  graphdef, params = nnx.split(_abstract_model(config, vocab))
+
+  def residuals(params, tokens):
+    loss = lambda params: jnp.mean(token_nll(nnx.merge(graphdef, params), tokens))  # noqa: E731
+    return jax.vjp(loss, params)[1]
+
+  kept = jax.eval_shape(residuals, params, _abstract_batch(config))
+  weights = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)}
+  return sum(
+    leaf.size * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(kept)
+    if (leaf.shape, leaf.dtype) not in weights
+  )
+
+
+def cache_bytes(config: ConfigDict, vocab: int, *, batch: int, context: int, dtype: str) -> int:
+  """Bytes of the cache that `batch` conversations of `context` tokens need, from its arrays."""
+  model = _abstract_model(config, vocab)
+  layers = jax.eval_shape(
+    lambda: model_lib.allocate_cache(model, batch=batch, slots=context, dtype=dtype).layers
+  )
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
+
+
+def _compile_step(config: ConfigDict, vocab: int):
+  optimizer = make_optimizer(config)
+  state = jax.eval_shape(functools.partial(init_state, config, vocab, optimizer))
+  step = functools.partial(
+    train_step, config, nnx.graphdef(_abstract_model(config, vocab)), optimizer
+  )
+  return jax.jit(step, donate_argnums=0).lower(state, _abstract_batch(config)).compile()
+
+
+def _abstract_model(config: ConfigDict, vocab: int) -> model_lib.Decoder:
+  return nnx.eval_shape(lambda: model_lib.make_model(config, vocab))
+
+
+def _abstract_batch(config: ConfigDict) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32)
+
+
+def _copy(config: ConfigDict, **changes) -> ConfigDict:
+  """The config with its feed-forward width solved, so that changes leave it as it is."""
+  copy = config.copy_and_resolve_references()
+  copy.ffn_dim = config.ffn_dim or model_lib.solve_ffn_dim(config)
+  copy.update(changes)
+  return copy

@@ -1,0 +1,199 @@
+"""Trials from a config and axes: what a sweep is made of, each checked before any of them trains.
+
+An arm is what a sweep compares; its trials differ in learning rate and seed only.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+import runpy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from ml_collections import ConfigDict
+
+from mla import checkpoint
+from mla import config as config_lib
+from mla import model as model_lib
+from mla.data.pipeline import load_data
+from mla.errors import UserError
+
+# What the trials of an arm differ in.
+REPEATED = ('learning_rate', 'seed')
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  name: str  # its folder under trials/
+  arm: str
+  fields: dict[str, Any]  # what it sets on the sweep's config
+  config: ConfigDict
+
+  @property
+  def seed(self) -> int:
+    return self.config.seed
+
+  @property
+  def learning_rate(self) -> float:
+    return self.config.learning_rate
+
+  @property
+  def digest(self) -> str:
+    """Tells whether a result on disk is this trial's: a hash of every field that counts."""
+    return _hash(checkpoint.identity(self.config))
+
+  @property
+  def arm_digest(self) -> str:
+    """The same for all trials of an arm that may be averaged: without what they differ in."""
+    fields = checkpoint.identity(self.config) | {'eval_tokens': self.config.data.eval_tokens}
+    return _hash({name: value for name, value in fields.items() if name not in REPEATED})
+
+
+def _hash(fields: Mapping[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def parse_axis(text: str) -> list[dict[str, str]]:
+  """The points of one --sweep flag, values still as written.
+
+  'latent_dim=16,32' has two points of one field; 'attention,num_kv_heads=gqa:2,mqa:0' two points of
+  two fields that move together.
+  """
+  names, equals, values = text.partition('=')
+  fields = [name.strip() for name in names.split(',')]
+  zipped = len(fields) > 1  # else a colon belongs to the value, as in bpe:4096
+  points = [
+    [part.strip() for part in (point.split(':') if zipped else [point])]
+    for point in values.split(',')
+  ]
+  if not equals or not all(fields) or not all(part for point in points for part in point):
+    raise UserError(
+      f'--sweep={text}: write FIELD=VALUE,VALUE or, for fields that move together, '
+      'FIELD,FIELD=VALUE:VALUE,VALUE:VALUE'
+    )
+  if len(set(fields)) < len(fields):
+    raise UserError(f'--sweep={text}: names a field twice')
+  for point in points:
+    if len(point) != len(fields):
+      raise UserError(
+        f'--sweep={text}: {":".join(point)} gives {len(point)} values for {len(fields)} fields'
+      )
+  return [dict(zip(fields, point, strict=True)) for point in points]
+
+
+def load_arms(path: str) -> dict[str, dict[str, Any]]:
+  """{name: fields} from get_arms() of a sweep file such as configs/sweeps/frontier.py."""
+  if not Path(path).is_file():
+    raise UserError(f'--arms={path}: no such file; give one such as configs/sweeps/frontier.py')
+  try:
+    arms = runpy.run_path(path)['get_arms']()
+    return {str(name): dict(fields) for name, fields in arms.items()}
+  except Exception as error:  # whatever a file that is no sweep file raises
+    reason = f'{type(error).__name__}: {error}'
+    raise UserError(f'--arms={path}: no get_arms() can be run there ({reason})') from error
+
+
+def expand(
+  config: ConfigDict, arms: Mapping[str, Mapping[str, Any]], axes: Sequence[list[dict[str, str]]]
+) -> list[Trial]:
+  """Every arm with every combination of the axes' points, the last axis fastest.
+
+  Raises UserError for a field that does not exist, a value of the wrong type, a field set twice, or
+  a combination that breaks a rule of config.py, naming the trial.
+  """
+  trials: list[Trial] = []
+  for named, *points in itertools.product(arms.items() or [('', {})], *axes):
+    arm, fields = named[0], dict(named[1])
+    for point in points:
+      twice = fields.keys() & point.keys()
+      if twice:
+        raise UserError(f'{min(twice)}: set twice for trial {_label(fields | point)}; once will do')
+      fields |= point
+    trials.append(_make(config, arm, fields, set(arms.get(arm, ()))))
+  names = [trial.name for trial in trials]
+  for name in names:
+    if names.count(name) > 1:
+      raise UserError(f'trial {name}: occurs {names.count(name)} times; give each value once')
+  return trials
+
+
+def _make(config: ConfigDict, arm: str, fields: Mapping[str, Any], implied: set[str]) -> Trial:
+  """One trial; `implied` are the fields that the arm's name stands for."""
+  label = _label({k: v for k, v in fields.items() if k not in implied}, arm)
+  trial = config.copy_and_resolve_references()
+  typed = {name: _typed(trial, name, value, label) for name, value in fields.items()}
+  for name, value in typed.items():
+    trial.update_from_flattened_dict({name: value})
+  try:
+    config_lib.validate(trial)
+  except UserError as error:
+    raise UserError(f'trial {label}: {error}') from error
+  shown = {name: value for name, value in typed.items() if name not in implied}
+  of_arm = {name: value for name, value in shown.items() if name not in REPEATED}
+  name = file_name(_label(shown, arm))
+  return Trial(name, _label(of_arm, arm) or trial.attention, typed, trial)
+
+
+def _label(fields: Mapping[str, Any], arm: str = '') -> str:
+  return ','.join([*([arm] if arm else []), *(f'{name}={v}' for name, v in fields.items())])
+
+
+def file_name(label: str) -> str:
+  """A label as one safe file name; one that had to be changed carries a hash of what it was."""
+  safe = re.sub(r'[^\w.=,+-]', '_', label)[:150].lstrip('.') or 'trial'
+  return safe if safe == label else f'{safe}-{hashlib.sha256(label.encode()).hexdigest()[:8]}'
+
+
+def _typed(config: ConfigDict, name: str, value: Any, label: str) -> Any:
+  """The value in the type that the config has there."""
+  try:
+    there = config_lib.field(config, name)
+  except UserError as error:
+    raise UserError(f'trial {label}: {name}: no such field; see configs/base.py') from error
+  if isinstance(there, ConfigDict):
+    raise UserError(f'trial {label}: {name}: is a group of fields; name one of them')
+  kind = type(there)
+  try:
+    if kind is str:
+      return str(value)
+    number = float(value)
+    if kind is int and number != int(number):
+      raise ValueError
+    return int(number) if kind is int else number
+  except (ValueError, OverflowError, TypeError) as error:
+    wanted = {int: 'an integer', float: 'a number'}[kind]
+    raise UserError(f'trial {label}: {name}={value}: must be {wanted}') from error
+
+
+def _is_sweep(folder: Path) -> bool:
+  held = {path.name for path in folder.iterdir()}
+  return not held or bool(held & {'trials', 'results.jsonl', '.lock'})
+
+
+def check(trials: Sequence[Trial], folder: Path) -> None:
+  """What only building a model, reading the text or looking at the sweep's folder can tell.
+
+  Raises UserError, naming the trial where it is one's, before anything trains.
+  """
+  if folder.exists() and (not folder.is_dir() or not _is_sweep(folder)):
+    raise UserError(f'--workdir={folder}: is not empty and holds no sweep; choose another folder')
+  vocabularies: dict[str, int] = {}
+  seen = set()
+  for trial in trials:
+    try:
+      workdir = folder / 'trials' / trial.name
+      if workdir.exists():
+        checkpoint.claim_workdir(trial.config, workdir)
+      if trial.arm not in seen:
+        seen.add(trial.arm)
+        source = json.dumps(trial.config.data.to_dict(), sort_keys=True)
+        if source not in vocabularies:
+          vocabularies[source] = load_data(trial.config).tokenizer.vocab_size
+        vocab = vocabularies[source]
+        nnx.eval_shape(lambda c=trial.config, v=vocab: model_lib.make_model(c, v))
+    except UserError as error:
+      raise UserError(f'trial {trial.name}: {error}') from error

@@ -1,0 +1,85 @@
+"""Trains and compares many arms.
+
+  python sweep.py --config=configs/mla_small.py --sweep=latent_dim=16,32,64 --sweep=seed=0,1,2 \
+    --workdir=DIR [--arms=FILE] [--tune_on_first_seed] [--reference=ARM] [--margin=NATS]
+    [--engine=local|ray] [--address=...] [--resources=cpu=4,gpu=1]
+
+Each --sweep multiplies the trials; fields that move together are written
+--sweep=attention,num_kv_heads=gqa:2,mqa:0. Run again, it does only what is missing. Exit codes: 0
+all done, 1 some trial failed, 2 a mistake in what was given, 143 stopped by SIGTERM.
+"""
+
+import math
+from pathlib import Path
+
+from absl import flags
+
+from mla import cli, cpu, frontier, ray_engine, report, sweep, trials
+from mla.errors import UserError
+
+CONFIG = cli.define_config('--config=configs/mla_small.py')
+SWEEP = flags.DEFINE_multi_string('sweep', [], 'FIELD=VALUE,VALUE,...; give it again for each axis')
+ARMS = flags.DEFINE_string('arms', None, 'a file of named arms, e.g. configs/sweeps/frontier.py')
+WORKDIR = flags.DEFINE_string('workdir', None, 'where trials and results are kept')
+ENGINE = flags.DEFINE_enum('engine', 'local', ['local', 'ray'], 'what runs the trials')
+ADDRESS = flags.DEFINE_string(
+  'address', None, 'a running Ray cluster; one of its own when not given'
+)
+RESOURCES = flags.DEFINE_string(
+  'resources',
+  '',
+  "what a trial holds with --engine=ray, e.g. cpu=4,gpu=1; all of a machine's cores",
+)
+TUNE = flags.DEFINE_bool(
+  'tune_on_first_seed', False, 'other seeds take the learning rate that was best with the first'
+)
+REFERENCE = flags.DEFINE_string('reference', '', 'the arm to compare with; the largest cache')
+MARGIN = flags.DEFINE_float('margin', frontier.MARGIN, 'nats a token that the sweet spot may lose')
+
+
+def main() -> int:
+  if CONFIG.value is None:
+    raise UserError('--config: which? e.g. --config=configs/mla_small.py')
+  if WORKDIR.value is None:
+    raise UserError('--workdir: where to? e.g. --workdir=runs/sweep')
+  if not SWEEP.value and not ARMS.value:
+    raise UserError('--sweep: over what? e.g. --sweep=latent_dim=16,32 --sweep=seed=0,1,2')
+  arms = trials.load_arms(ARMS.value) if ARMS.value else {}
+  todo = trials.expand(CONFIG.value, arms, [trials.parse_axis(axis) for axis in SWEEP.value])
+  names = {trial.arm for trial in todo}
+  if REFERENCE.value and REFERENCE.value not in names:
+    raise UserError(f'--reference={REFERENCE.value}: no such arm; choose one of {sorted(names)}')
+  if not MARGIN.value >= 0:
+    raise UserError(f'--margin={MARGIN.value}: must be 0 or positive')
+  cpu.use_cores(math.gcd(*(t.config.batch_size // t.config.accumulation_steps for t in todo)))
+  cpu.keep_freed_memory()
+  folder = Path(WORKDIR.value)
+  engine = make_engine()
+  trials.check(todo, folder)
+  try:
+    lines = sweep.run_sweep(todo, folder, engine, tune_on_first_seed=TUNE.value)
+  except sweep.Stopped:
+    print('stopped, what was saved is kept; run the same command again to go on')
+    return cli.EXIT_STOPPED
+  print('\n' + report.write(folder, REFERENCE.value, MARGIN.value))
+  return cli.EXIT_FAILED if any(line['status'] == 'failed' for line in lines) else 0
+
+
+def make_engine() -> sweep.Engine:
+  if ENGINE.value == 'local':
+    for flag, value in (('address', ADDRESS.value), ('resources', RESOURCES.value)):
+      if value:
+        raise UserError(f'--{flag}={value}: is for --engine=ray')
+    return sweep.local
+  resources = {'cpu': float(cpu.core_count())}
+  if RESOURCES.value:
+    try:
+      pairs = (part.split('=') for part in RESOURCES.value.split(','))
+      resources = {name: float(amount) for name, amount in pairs}
+    except ValueError as error:
+      raise UserError(f'--resources={RESOURCES.value}: write NAME=NUMBER,NAME=NUMBER') from error
+  return ray_engine.make_engine(ADDRESS.value, resources)
+
+
+if __name__ == '__main__':
+  cli.run(main)

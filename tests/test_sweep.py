@@ -1,0 +1,228 @@
+"""A sweep as a process that may die: what it leaves, what it skips, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import tiny_config
+
+from mla import frontier, report, sweep, trials
+from mla.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+FIELDS = {
+  'num_layers': 1,
+  'd_model': 16,
+  'num_heads': 2,
+  'head_dim': 6,
+  'ffn_dim': 16,
+  'rope_dim': 4,
+  'seq_len': 16,
+  'batch_size': 2,
+  'num_steps': 12,
+  'warmup_steps': 2,
+  'log_every': 4,
+  'eval_every': 12,
+  'checkpoint_every': 4,
+  'data.eval_tokens': 64,
+}
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory) -> Path:
+  path = tmp_path_factory.mktemp('text') / 'text.txt'
+  path.write_text(''.join(f'{n} bottles of beer on the wall\n' for n in range(2000)))
+  return path
+
+
+def run(folder: Path, text: Path, *flags: str, **changes) -> subprocess.CompletedProcess:
+  return subprocess.run(command(folder, text, *flags, **changes), capture_output=True, text=True)
+
+
+def command(folder: Path, text: Path, *flags: str, **changes) -> list[str]:
+  fields = {**FIELDS, 'data.files': text, **changes}
+  return [
+    *(sys.executable, str(ROOT / 'sweep.py'), f'--config={ROOT}/configs/mla_small.py'),
+    f'--workdir={folder}',
+    *(f'--config.{name}={value}' for name, value in fields.items()),
+    *flags,
+  ]
+
+
+AXES = ('--sweep=latent_dim=4,8', '--sweep=seed=0,1')
+
+
+def losses(folder: Path) -> dict[str, float]:
+  lines = [json.loads(line) for line in (folder / 'results.jsonl').read_text().splitlines()]
+  return {line['trial']: line['loss'] for line in lines if line['status'] == 'done'}
+
+
+@pytest.fixture(scope='module')
+def finished(text, tmp_path_factory) -> Path:
+  """An undisturbed sweep of 2 x 2 trials."""
+  folder = tmp_path_factory.mktemp('sweep') / 'done'
+  done = run(folder, text, *AXES)
+  assert done.returncode == 0, done.stderr
+  return folder
+
+
+def test_a_sweep_leaves_its_answer(finished):
+  assert len(losses(finished)) == 4
+  summary = json.loads((finished / 'frontier.json').read_text())
+  assert [arm['arm'] for arm in summary['arms']] == ['latent_dim=4', 'latent_dim=8']
+  for arm in summary['arms']:
+    assert arm['kv_cache_bytes_per_token'] == 2 * (arm['latent_dim'] + FIELDS['rope_dim'])
+    assert arm['seeds'] == 2 and arm['ci95'][0] < arm['mean_loss'] < arm['ci95'][1]
+    assert {'params_total', 'learning_rate', 'flops_per_token'} <= arm.keys()
+  assert (finished / 'frontier.png').read_bytes().startswith(b'\x89PNG')
+  assert 'Sweet spot' in (finished / 'report.md').read_text()
+
+
+def test_a_finished_sweep_trains_nothing_and_ends_soon(finished, text):
+  before, began = losses(finished), time.monotonic()
+  again = run(finished, text, *AXES)
+  assert time.monotonic() - began < 10
+  assert again.returncode == 0 and 'nothing to train' in again.stdout
+  assert losses(finished) == before
+
+
+def test_further_seeds_are_added(finished, text, tmp_path):
+  folder = tmp_path / 'copy'
+  subprocess.run(['cp', '-r', finished, folder], check=True)
+  again = run(folder, text, '--sweep=latent_dim=4,8', '--sweep=seed=0,1,2')
+  assert '4 of 6 trials are done already' in again.stdout
+  assert len(losses(folder)) == 6
+  assert losses(finished).items() <= losses(folder).items()
+
+
+def test_killed_in_mid_trial_it_ends_as_if_undisturbed(finished, text, tmp_path):
+  folder = tmp_path / 'killed'
+  with subprocess.Popen(command(folder, text, *AXES), stdout=subprocess.DEVNULL) as process:
+    saved = folder / 'trials' / 'latent_dim=4,seed=1' / 'checkpoints' / '4'
+    while not saved.exists():
+      assert process.poll() is None
+      time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+  assert len(losses(folder)) < 4
+  assert run(folder, text, *AXES).returncode == 0
+  log = (folder / 'logs' / 'latent_dim=4,seed=1.txt').read_text()
+  assert 'from step' in log, 'it ended before it was killed'
+  assert losses(folder) == losses(finished)
+
+
+def test_a_failed_trial_ends_no_other(text, tmp_path):
+  rates = '--sweep=learning_rate=1e30,1e-3'
+  done = run(tmp_path / 'sweep', text, rates)
+  assert done.returncode == 1
+  assert 'FAILED' in done.stdout and 'no longer finite' in done.stdout
+  assert list(losses(tmp_path / 'sweep')) == ['learning_rate=0.001']
+  summary = json.loads((tmp_path / 'sweep' / 'frontier.json').read_text())
+  assert summary['failed'][0]['trial'] == 'learning_rate=1e+30'
+  assert Path(tmp_path / 'sweep' / 'report.md').read_text().count('learning_rate=1e+30')
+
+
+@pytest.mark.parametrize(
+  'flags, named',
+  [
+    (['--sweep=latent_dims=4'], 'latent_dims'),
+    (['--sweep=latent_dim=4,big'], 'trial latent_dim=big'),
+    (['--sweep=latent_dim=4,0'], 'trial latent_dim=0'),
+    (['--sweep=ffn_dim,param_budget=0:1000'], 'trial ffn_dim=0,param_budget=1000'),
+    (['--sweep=seed=1', '--arms=nowhere.py'], '--arms=nowhere.py'),
+    (['--sweep=seed=1', '--address=auto'], '--address=auto'),
+    (['--sweep=seed=1', '--reference=mah'], '--reference=mah'),
+    ([], '--sweep'),
+  ],
+)
+def test_a_bad_sweep_is_refused_before_anything_trains(flags, named, text, tmp_path):
+  refused = run(tmp_path / 'sweep', text, *flags)
+  assert refused.returncode == 2
+  assert named in refused.stderr and refused.stderr.count('\n') == 1
+  assert not (tmp_path / 'sweep').exists()
+
+
+def test_seeds_of_another_length_are_not_mixed_in(finished, text):
+  before = losses(finished)
+  refused = run(finished, text, '--sweep=latent_dim=4', '--sweep=seed=7', num_steps=14)
+  assert refused.returncode == 2 and 'other settings' in refused.stderr
+  assert losses(finished) == before
+
+
+def test_a_foreign_folder_or_another_config_is_refused(finished, text, tmp_path):
+  (tmp_path / 'thesis.tex').write_text('ten years of work')
+  refused = run(tmp_path, text, *AXES)
+  assert refused.returncode == 2 and 'holds no sweep' in refused.stderr
+  assert os.listdir(tmp_path) == ['thesis.tex']
+  before = losses(finished)
+  refused = run(finished, text, *AXES, weight_decay=0.5)
+  assert refused.returncode == 2 and 'weight_decay' in refused.stderr
+  assert losses(finished) == before
+
+
+def some_trials(**changes):
+  axes = ['learning_rate=1e-3,2e-3,3e-3', 'seed=0,1,2']
+  config = tiny_config('mla', **changes)
+  arms = {'a': {'latent_dim': 4}, 'b': {'latent_dim': 8}}
+  return trials.expand(config, arms, [trials.parse_axis(axis) for axis in axes])
+
+
+def fake_line(trial, best: dict[str, float]) -> dict:
+  """A result whose loss is lowest at the arm's best rate."""
+  loss = 1 + abs(trial.learning_rate - best[trial.arm]) + 0.001 * trial.seed
+  return {
+    **sweep.failed_line(trial, ''),
+    'status': 'done',
+    'loss': loss,
+    'attention': 'mla',
+    'latent_dim': trial.config.latent_dim,
+    'kv_cache_bytes_per_token': float(trial.config.latent_dim),
+    'params_total': 1,
+    'params_non_embedding': 1,
+    'bits_per_byte': loss,
+    'tokens_per_second': 1.0,
+    'tokens_evaluated': 4,
+    'cache_dtype': 'bfloat16',
+    'flops_per_token': 1.0,
+    'training_memory': {
+      remat: {'peak_bytes': 1, 'activation_bytes': 1} for remat in ('none', 'latents')
+    },
+    'window_nll': [loss, loss + 1],
+  }
+
+
+def test_tuning_takes_the_best_rate_to_the_other_seeds(tmp_path):
+  ran = []
+
+  def engine(todo, folder, done):
+    for trial in todo:
+      ran.append(trial.name)
+      done(trial, fake_line(trial, {'a': 2e-3, 'b': 3e-3}))
+
+  said = []
+  sweep.run_sweep(some_trials(), tmp_path, engine, tune_on_first_seed=True, say=said.append)
+  assert len(ran) == 2 * 3 + 2 * 2
+  assert ran[-4:] == [
+    f'{arm},learning_rate={rate},seed={seed}'
+    for arm, rate in (('a', 0.002), ('b', 0.003))
+    for seed in (1, 2)
+  ]
+  assert said[-1].startswith('[10/10]')
+  summary = frontier.summarise(tmp_path)
+  assert [arm['learning_rate'] for arm in summary['arms']] == [2e-3, 3e-3]
+  assert [arm['learning_rate_at_edge'] for arm in summary['arms']] == [False, True]
+  assert [arm['seeds'] for arm in summary['arms']] == [3, 3]
+  assert any('b: its best learning rate, 0.003, is an edge' in w for w in report.warnings(summary))
+  assert not any(w.startswith('a:') for w in report.warnings(summary))
+
+
+def test_two_sweeps_keep_out_of_one_folder(tmp_path):
+  def engine(todo, folder, done):
+    with pytest.raises(UserError, match='another sweep'):
+      sweep.run_sweep(some_trials(), tmp_path, engine, say=lambda line: None)
+
+  sweep.run_sweep(some_trials(), tmp_path, engine, say=lambda line: None)

@@ -1,0 +1,87 @@
+"""Axes and named arms become checked trials; what is wrong names the trial."""
+
+import pytest
+from conftest import tiny_config
+
+from mla.errors import UserError
+from mla.trials import expand, load_arms, parse_axis
+
+
+def trials_of(*axes: str, arms=None):
+  return expand(tiny_config('mla'), arms or {}, [parse_axis(axis) for axis in axes])
+
+
+def test_axes_multiply_and_zipped_fields_move_together():
+  trials = trials_of('attention,num_kv_heads=mha:0,gqa:2,mqa:0', 'seed=0,1')
+  found = [(t.config.attention, t.config.num_kv_heads, t.config.seed) for t in trials]
+  assert found == [(a, k, s) for a, k in (('mha', 0), ('gqa', 2), ('mqa', 0)) for s in (0, 1)]
+
+
+def test_an_arm_is_all_but_seed_and_learning_rate():
+  trials = trials_of('latent_dim=8,16', 'learning_rate=1e-3,3e-3', 'seed=0,1')
+  assert len({t.name for t in trials}) == 8
+  assert [t.arm for t in trials] == ['latent_dim=8'] * 4 + ['latent_dim=16'] * 4
+  assert len({t.digest for t in trials}) == 8
+
+
+def test_named_arms_keep_their_name_and_take_axes():
+  trials = trials_of('latent_dim=8,16', arms={'small': {'rope_dim': 4}, 'large': {'rope_dim': 8}})
+  assert [t.arm for t in trials] == [
+    f'{name},latent_dim={c}' for name in ('small', 'large') for c in (8, 16)
+  ]
+  assert [t.config.rope_dim for t in trials] == [4, 4, 8, 8]
+  assert trials_of('seed=1', arms={'small': {'rope_dim': 4}})[0].name == 'small,seed=1'
+
+
+def test_values_take_the_type_of_their_field():
+  (trial,) = trials_of('latent_dim,learning_rate,data.dataset=16:1e-3:my/text')
+  assert trial.config.latent_dim == 16 and isinstance(trial.config.latent_dim, int)
+  assert trial.config.learning_rate == 1e-3
+  assert trial.config.data.dataset == 'my/text'
+  assert '/' not in trial.name
+
+
+def test_a_single_fields_value_may_hold_a_colon():
+  tokenizers = [t.config.data.tokenizer for t in trials_of('data.tokenizer=bytes,bpe:300')]
+  assert tokenizers == ['bytes', 'bpe:300']
+
+
+def test_the_sweeps_own_config_is_left_alone():
+  config = tiny_config('mla')
+  before = config.to_dict()
+  expand(config, {'a': {'latent_dim': 8}}, [parse_axis('data.eval_tokens=7')])
+  assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+  'axes, named',
+  [
+    (['latent_dims=8'], 'latent_dims=8: latent_dims: no such field'),
+    (['latent_dim=8,wide'], 'trial latent_dim=wide: latent_dim=wide: must be an integer'),
+    (['latent_dim=8.5'], 'must be an integer'),
+    (['learning_rate=fast'], 'must be a number'),
+    (['data=x'], 'is a group'),
+    (['latent_dim=8,0'], 'trial latent_dim=0: latent_dim=0: mla needs'),
+    (['attention,num_kv_heads=mha:0,gqa:3'], 'trial attention=gqa,num_kv_heads=3: num_kv_heads=3'),
+    (['attention,num_kv_heads=mha,gqa:2'], 'gives 1 values for 2 fields'),
+    (['latent_dim=8', 'latent_dim=16'], 'set twice'),
+    (['latent_dim=8,8'], 'occurs 2 times'),
+    (['latent_dim'], 'write FIELD=VALUE'),
+    (['latent_dim='], 'write FIELD=VALUE'),
+    (['seed,seed=1:2'], 'twice'),
+  ],
+)
+def test_bad_axes(axes, named):
+  with pytest.raises(UserError) as caught:
+    trials_of(*axes)
+  assert named in str(caught.value)
+
+
+def test_arms_files(tmp_path):
+  good, bad = tmp_path / 'good.py', tmp_path / 'bad.py'
+  good.write_text("def get_arms():\n  return {'a': {'latent_dim': 4}}\n")
+  bad.write_text('x = 1\n')
+  assert load_arms(str(good)) == {'a': {'latent_dim': 4}}
+  for path in (bad, tmp_path / 'none.py'):
+    with pytest.raises(UserError, match=path.name):
+      load_arms(str(path))
