@@ -1,10 +1,10 @@
-# make install | train | test | test-interop | bench. Each sets up what it needs; PYTHON=... chooses the interpreter, VENV=... the folder.
+# make install | train | test | test-interop | test-sweep | bench. Each sets up what it needs; PYTHON=... chooses the interpreter, VENV=... the folder.
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 BIN = $(VENV)/bin
 
-.PHONY: install train test test-interop bench
+.PHONY: install train test test-interop test-sweep bench
 
 install: $(VENV)/.installed
 
@@ -35,8 +35,18 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test,bench]'
 	@touch $@
 
+$(VENV)/.installed-sweep: $(VENV)/.installed
+	@echo 'installing Ray into $(VENV)'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test,sweep]'
+	@touch $@
+
+# One at a time: each starts a cluster.
+test-sweep: $(VENV)/.installed-sweep
+	$(BIN)/python -m pytest -n 0 tests/test_ray_engine.py
+
 test-interop: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest tests/test_interop.py
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/python -m bench.train_step --json=results/bench_train_step.json
+	for name in train_step attention input_pipeline decode decode_growth; do \
+	  $(BIN)/python -m bench.$$name --json=results/bench_$$name.json || exit 1; done
