@@ -94,7 +94,8 @@ def _connect(address: str | None) -> None:
 
   try:
     if address is None:
-      ray.init(include_dashboard=False, log_to_driver=False)
+      # 'local', as None joins whatever cluster the environment, or one that died, points to
+      ray.init(address='local', include_dashboard=False, log_to_driver=False)
     else:
       host, _, port = address.rpartition(':')
       if port.isdigit() and '://' not in address:  # Ray itself would try for minutes
