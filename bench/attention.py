@@ -8,8 +8,6 @@ TOKENS tokens in windows of each length, with the head sizes of the small MHA (k
 gradients must agree to 1e-4 of their size.
 """
 
-import argparse
-import json
 import time
 
 import numpy as np
@@ -111,16 +109,7 @@ def peer(case: dict) -> dict:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser()
-  parser.add_argument('--rounds', type=int, default=3)
-  parser.add_argument('--lengths', default='256,1024,4096')
-  parser.add_argument('--json')
-  parser.add_argument('--worker')
-  args = parser.parse_args()
-  if args.worker:
-    side, case = args.worker.split(':', 1)
-    print(json.dumps({'ours': ours, 'peer': peer}[side](json.loads(case))))
-    return
+  args = harness.arguments({'ours': ours, 'peer': peer}, rounds=3, lengths='256,1024,4096')
   rows = []
   for variant in HEAD_DIMS:
     for length in map(int, args.lengths.split(',')):

@@ -11,11 +11,10 @@ and under torch.compile where there is a C++ compiler; its best counts. For MLA,
 own model made to expand keys and values from its cache at every step.
 """
 
-import argparse
-import json
 import shutil
 import time
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -65,11 +64,11 @@ def ours(case: dict) -> dict:
   forms = ['absorbed', 'expanded'] if case['variant'] == 'mla' else ['cached']
   results = {}
   for form in forms:
-    if form == 'expanded':
-      setattr(LatentAttention, 'attend_cached', expanded)  # noqa: B010  (mypy refuses the plain form)
-      jax.clear_caches()  # or jit would take the absorbed trace again
-    for devices in sorted({1, jax.device_count()}):
-      results[f'{form}, devices={devices}'] = measure(devices)
+    jax.clear_caches()  # or jit would take the other form's trace again
+    attend = expanded if form == 'expanded' else LatentAttention.attend_cached
+    with mock.patch.object(LatentAttention, 'attend_cached', attend):
+      for devices in sorted({1, jax.device_count()}):
+        results[f'{form}, devices={devices}'] = measure(devices)
   return results
 
 
@@ -140,19 +139,14 @@ def peer(case: dict) -> dict:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser()
-  parser.add_argument('--rounds', type=int, default=3)
-  parser.add_argument('--variants', default='mha,mla')
-  parser.add_argument('--batch', type=int, default=8)
-  parser.add_argument('--contexts', default='512,2048,8192')
-  parser.add_argument('--cache_dtype', default='float32')
-  parser.add_argument('--json')
-  parser.add_argument('--worker')
-  args = parser.parse_args()
-  if args.worker:
-    side, case = args.worker.split(':', 1)
-    print(json.dumps({'ours': ours, 'peer': peer}[side](json.loads(case))))
-    return
+  args = harness.arguments(
+    {'ours': ours, 'peer': peer},
+    rounds=3,
+    variants='mha,mla',
+    batch=8,
+    contexts='512,2048,8192',
+    cache_dtype='float32',
+  )
   rows = []
   for variant in args.variants.split(','):
     for context in map(int, args.contexts.split(',')):
@@ -175,18 +169,13 @@ def main() -> None:
           form: min(own[name]['ms_per_token'] for name in own if name.startswith(form))
           for form in ('absorbed', 'expanded')
         }
-        ratio = forms['expanded'] / forms['absorbed']
-        rows.append(
-          {
-            'variant': variant,
-            'what': what,
-            'unit': 'ms/token',
-            'ours': forms['absorbed'],
-            'peer': forms['expanded'],
-            'peer_setting': 'ours, expanded',
-            **{name: ratio for name in ('ratio', 'ratio_min', 'ratio_max')},
-          }
+        row = harness.one_ratio(
+          forms['absorbed'],
+          forms['expanded'],
+          'ours, expanded',
+          forms['expanded'] / forms['absorbed'],
         )
+        rows.append({'variant': variant, 'what': what, 'unit': 'ms/token', **row})
   harness.report(rows, args.json)
 
 

@@ -8,8 +8,6 @@ accessed` is XLA's count for the compiled step on one device: how many times the
 There is no peer; bench.decode has one.
 """
 
-import argparse
-import json
 from typing import Any
 
 from bench import harness
@@ -89,17 +87,13 @@ def table(case: dict, results: dict) -> str:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser()
-  parser.add_argument('--variants', default='mha,gqa,mqa,mla')
-  parser.add_argument('--dtypes', default='float32,bfloat16,int8')
-  parser.add_argument('--contexts', default='512,2048,8192,32768')
-  parser.add_argument('--batches', default='1,8,32')
-  parser.add_argument('--json')
-  parser.add_argument('--worker')
-  args = parser.parse_args()
-  if args.worker:
-    print(json.dumps(measure(json.loads(args.worker.split(':', 1)[1]))))
-    return
+  args = harness.arguments(
+    {'ours': measure},
+    variants='mha,gqa,mqa,mla',
+    dtypes='float32,bfloat16,int8',
+    contexts='512,2048,8192,32768',
+    batches='1,8,32',
+  )
   contexts, batches = ([int(n) for n in x.split(',')] for x in (args.contexts, args.batches))
   print(f'ms a token at contexts {args.contexts}; growth from {contexts[-2:]}')
   rows = []

@@ -4,13 +4,14 @@ A worker is a module run as `python -m MODULE --worker=SIDE:JSON`, which prints 
 JSON object {setting: {figure: value}}; a side's best setting of each round is what counts.
 """
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,21 @@ def versions() -> dict[str, str]:
   installed = {d.metadata['Name'].lower(): d.version for d in metadata.distributions()}
   found = {name: installed[name] for name in PACKAGES if name in installed}
   return {'python': platform.python_version(), **found}
+
+
+def arguments(sides: Mapping[str, Callable[[dict], dict]], **defaults) -> argparse.Namespace:
+  """A bench's flags, --json among them. In a worker's process: does that side's work, and exits."""
+  parser = argparse.ArgumentParser()
+  for name, default in defaults.items():
+    parser.add_argument(f'--{name}', type=type(default), default=default)
+  parser.add_argument('--json')
+  parser.add_argument('--worker')
+  args = parser.parse_args()
+  if args.worker:
+    side, case = args.worker.split(':', 1)
+    print(json.dumps(sides[side](json.loads(case))))
+    sys.exit()
+  return args
 
 
 def run_worker(module: str, side: str, case: dict) -> dict[str, dict[str, float]]:
@@ -76,6 +92,12 @@ def side_by_side(
     'peer_setting': winners['peer'],
     'all_settings': settings,
   }
+
+
+def one_ratio(ours: float, peer: float, peer_setting: str, ratio: float) -> dict[str, Any]:
+  """The row of figures that were taken once, as side_by_side gives them for many rounds."""
+  ratios = {name: ratio for name in ('ratio', 'ratio_min', 'ratio_max')}
+  return {'ours': ours, 'peer': peer, 'peer_setting': peer_setting, **ratios}
 
 
 def table(rows: list[dict]) -> str:

@@ -6,8 +6,6 @@ Shuffled windows of the embedded corpus, in the small configs' batches. The seco
 pipeline, on one core, against our training step, on all: how much of a step it may cost.
 """
 
-import argparse
-import json
 import os
 import time
 
@@ -76,32 +74,14 @@ def peer(case: dict) -> dict:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser()
-  parser.add_argument('--rounds', type=int, default=3)
-  parser.add_argument('--json')
-  parser.add_argument('--worker')
-  args = parser.parse_args()
-  if args.worker:
-    side, case = args.worker.split(':', 1)
-    print(json.dumps({'ours': ours, 'peer': peer}[side](json.loads(case))))
-    return
+  args = harness.arguments({'ours': ours, 'peer': peer}, rounds=3)
   row = harness.side_by_side('bench.input_pipeline', {}, args.rounds, 'tokens_per_second')
   what = 'input pipeline, one core'
   rows = [{'variant': 'any', 'what': what, 'unit': 'tokens/s', **row}]
   case = {'variant': 'mha', 'batch': config_of().batch_size}
   step = harness.run_worker('bench.train_step', 'ours', case)['jit']['tokens_per_second']
-  ratio = row['ours'] / step
-  rows.append(
-    {
-      'variant': 'mha',
-      'what': what,
-      'unit': 'tokens/s',
-      'ours': row['ours'],
-      'peer': step,
-      'peer_setting': 'our training step, all cores',
-      **{name: ratio for name in ('ratio', 'ratio_min', 'ratio_max')},
-    }
-  )
+  row = harness.one_ratio(row['ours'], step, 'our training step, all cores', row['ours'] / step)
+  rows.append({'variant': 'mha', 'what': what, 'unit': 'tokens/s', **row})
   harness.report(rows, args.json)
 
 

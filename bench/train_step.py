@@ -8,10 +8,8 @@ sdpa, eager and compiled (sdpa under torch.compile, where there is a C++ compile
 without keeping freed memory as ours does (mla/cpu.py); its best counts.
 """
 
-import argparse
 import functools
 import importlib
-import json
 import shutil
 import time
 
@@ -133,17 +131,7 @@ def measure(once, wait, tokens: int) -> float:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser()
-  parser.add_argument('--rounds', type=int, default=3)
-  parser.add_argument('--variants', default='mha,mla')
-  parser.add_argument('--batch', type=int, default=16)
-  parser.add_argument('--json')
-  parser.add_argument('--worker')
-  args = parser.parse_args()
-  if args.worker:
-    side, case = args.worker.split(':', 1)
-    print(json.dumps({'ours': ours, 'peer': peer}[side](json.loads(case))))
-    return
+  args = harness.arguments({'ours': ours, 'peer': peer}, rounds=3, variants='mha,mla', batch=16)
   rows = []
   for variant in args.variants.split(','):
     case = {'variant': variant, 'batch': args.batch}

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 # What one test, worker or subprocess has compiled, the others load. Set before JAX is imported; the
 # workers and subprocesses inherit it.
@@ -36,6 +37,16 @@ TINY = {
   'eval_every': 2,
   'checkpoint_every': 2,
 }
+# Twelve steps of a second or so, on the text below.
+SHORT_RUN = {
+  'num_layers': 1,
+  'd_model': 16,
+  'ffn_dim': 16,
+  'seq_len': 16,
+  'num_steps': 12,
+  'warmup_steps': 2,
+  'data.eval_tokens': 64,
+}
 ARMS = {
   'mha': {'attention': 'mha'},
   'mha_partial_rope': {'attention': 'mha', 'rope_dim': 2},
@@ -57,6 +68,13 @@ def tiny_config(arm: str = 'mla', **changes):
   config.update({**TINY, **ARMS[arm]})
   config.update_from_flattened_dict({name.replace('__', '.'): v for name, v in changes.items()})
   return config
+
+
+@pytest.fixture(scope='session')
+def text(tmp_path_factory) -> Path:
+  path = tmp_path_factory.mktemp('text') / 'text.txt'
+  path.write_text(''.join(f'{n} bottles of beer on the wall\n' for n in range(2000)))
+  return path
 
 
 @pytest.fixture(params=ARMS)

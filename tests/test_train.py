@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import SHORT_RUN, tiny_config
 
 from mla import metrics
 from mla.checkpoint import Checkpoints
@@ -20,24 +20,11 @@ from mla.train import train_and_evaluate
 
 ROOT = Path(__file__).parent.parent
 FIELDS = {
-  'num_layers': 1,
-  'd_model': 16,
-  'ffn_dim': 16,
-  'seq_len': 16,
-  'num_steps': 12,
-  'warmup_steps': 2,
+  **SHORT_RUN,
   'log_every': 1,
   'eval_every': 6,
   'checkpoint_every': 3,
-  'data.eval_tokens': 64,
 }
-
-
-@pytest.fixture(scope='module')
-def text(tmp_path_factory) -> Path:
-  path = tmp_path_factory.mktemp('text') / 'text.txt'
-  path.write_text(''.join(f'{n} bottles of beer on the wall\n' for n in range(2000)))
-  return path
 
 
 def config_of(text: Path, **changes):
