@@ -55,12 +55,16 @@ def main() -> int:
   cpu.keep_freed_memory()
   folder = Path(WORKDIR.value)
   engine = make_engine()
-  trials.check(todo, folder)
+  trials.check(todo, folder, on_these_devices=ENGINE.value == 'local')
   try:
     lines = sweep.run_sweep(todo, folder, engine, tune_on_first_seed=TUNE.value)
   except sweep.Stopped:
     print('stopped, what was saved is kept; run the same command again to go on')
     return cli.EXIT_STOPPED
+  done = {line['arm'] for line in lines if line['status'] == 'done'}
+  if not done or (REFERENCE.value and REFERENCE.value not in done):
+    print(f'no report: {REFERENCE.value or "every trial"} failed; see {folder / "logs"}')
+    return cli.EXIT_FAILED
   print('\n' + report.write(folder, REFERENCE.value, MARGIN.value))
   return cli.EXIT_FAILED if any(line['status'] == 'failed' for line in lines) else 0
 

@@ -67,7 +67,9 @@ def activation_bytes(config: ConfigDict, vocab: int, remat: str) -> int:
   graphdef, params = nnx.split(_abstract_model(config, vocab))
 
   def residuals(params, tokens):
-    loss = lambda params: jnp.mean(token_nll(nnx.merge(graphdef, params), tokens))  # noqa: E731
+    def loss(params):
+      return jnp.mean(token_nll(nnx.merge(graphdef, params), tokens))
+
     return jax.vjp(loss, params)[1]
 
   kept = jax.eval_shape(residuals, params, _abstract_batch(config))

@@ -73,7 +73,7 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
   arms = []
   for arm in sorted(losses, key=lambda arm: (sizes[arm], means[arm].mean)):
     first = of[arm][0]
-    tried = sorted({line['learning_rate'] for line in lines if line['arm'] == arm})
+    tried = sorted(rates[arm])
     against = stats.difference(losses[arm], losses[reference])
     equals = [other for other in losses if sizes[other] == sizes[arm]]
     best = min(equals, key=lambda other: means[other].mean)

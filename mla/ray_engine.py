@@ -6,7 +6,9 @@ sweep's folder must be one that all nodes see.
 """
 
 import functools
+import importlib.util
 import json
+import logging
 import math
 import os
 import socket
@@ -29,10 +31,8 @@ def make_engine(address: str | None, resources: Mapping[str, int | float]) -> En
   """
   os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')  # nothing is sent home
   os.environ.setdefault('RAY_CHDIR_TO_TRIAL_DIR', '0')  # a config's relative paths stay good
-  try:
-    import ray  # noqa: F401
-  except ImportError as error:
-    raise UserError("--engine=ray: needs Ray; pip install -e '.[sweep]'") from error
+  if importlib.util.find_spec('ray') is None:
+    raise UserError("--engine=ray: needs Ray; pip install -e '.[sweep]'")
   return functools.partial(_run, address=address, resources=dict(resources))
 
 
@@ -65,7 +65,7 @@ def _run(
   started = not ray.is_initialized()
   if started:
     _connect(address)
-  _check_room(resources, ray.cluster_resources())
+  _check_room(resources, ray.cluster_resources(), may_grow=address is not None)
   rows = math.gcd(*(t.config.batch_size // t.config.accumulation_steps for t in todo))
   work = tune.with_parameters(
     _work, todo=todo, folder=folder, rows=rows, cores=max(1, int(resources.get('cpu', 1)))
@@ -106,11 +106,20 @@ def _connect(address: str | None) -> None:
     raise UserError(f'--address={address}: no Ray cluster answers there ({reason})') from error
 
 
-def _check_room(resources: Mapping[str, int | float], available: Mapping[str, int | float]) -> None:
-  """Raises UserError if the whole cluster lacks what one trial asks; Tune would wait for ever."""
+def _check_room(
+  resources: Mapping[str, int | float], available: Mapping[str, int | float], *, may_grow: bool
+) -> None:
+  """Raises UserError if the whole cluster lacks what one trial asks; Tune would wait for ever.
+
+  Only a warning where it may grow: an autoscaling cluster starts machines when they are asked for.
+  """
   for name, amount in resources.items():
     there = available.get({'cpu': 'CPU', 'gpu': 'GPU'}.get(name, name), 0)
-    if amount > there:
+    if amount > there and may_grow:
+      logging.warning(
+        '--resources=%s=%g: the cluster has %g; waiting for more', name, amount, there
+      )
+    elif amount > there:
       raise UserError(f'--resources={name}={amount:g}: the cluster has {there:g}; ask for less')
 
 

@@ -71,9 +71,9 @@ def written(summary: Mapping[str, Any]) -> str:
   parts = [
     '# Sweep report',
     f'Loss is in nats a token, read through a {summary["cache_dtype"]} cache on '
-    f'{summary["tokens_evaluated"]:,} validation targets, the same for every trial. Intervals are '
-    "Student's t, 95 %, over seeds. *d* is the difference from the reference "
-    f'`{summary["reference"]}`, paired by seed.',
+    f'{summary["tokens_evaluated"]:,} validation targets, the same for every trial unless a '
+    "warning says otherwise. Intervals are Student's t, 95 %, over seeds. *d* is the difference "
+    f'from the reference `{summary["reference"]}`, paired by seed.',
     verdict(summary),
     '\n'.join(f'- {warning}' for warning in warnings(summary)),
     '![frontier](frontier.png)',
@@ -148,8 +148,11 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
       found.append(f'{arm["arm"]}: {len(tried)} learning rate tried; three or more make it fair')
     if arm['half_width'] is None:
       found.append(f'{arm["arm"]}: one seed, so no interval')
+  unlike = {name for arm in summary['arms'] for name in arm['fields'] if _moves_targets(name)}
+  for name in sorted(unlike):
+    found.append(f'{name} differs between arms, and with it what is scored: compare bits per byte')
   wide = [
-    f'{arm["arm"]} ({arm["half_width"]:.3f}; {arm["seeds_for_width"]} seeds)'
+    f'{arm["arm"]} ({arm["half_width"]:.3f}; {arm["seeds_for_width"] or "very many"} seeds)'
     for arm in summary['arms']
     if arm['half_width'] is not None and arm['half_width'] > frontier.WIDTH
   ]
@@ -159,6 +162,10 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
       f'seeds of such a spread would bring them there: {", ".join(wide)}'
     )
   return found
+
+
+def _moves_targets(field: str) -> bool:
+  return field == 'seq_len' or field.startswith('data.')
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -23,7 +23,7 @@ from mla import cost, frontier, metrics
 from mla.data.pipeline import load_data
 from mla.errors import Diverged, UserError
 from mla.evaluate import score_run
-from mla.train import train_and_evaluate
+from mla.train import StopSignal, train_and_evaluate
 from mla.trials import Trial, file_name
 
 CACHE_DTYPE = 'bfloat16'  # of the cache the trials are read through
@@ -34,16 +34,21 @@ Engine = Callable[[Sequence[Trial], Path, Done], None]
 
 
 class Stopped(Exception):
-  """SIGTERM ended a trial, with everything saved."""
+  """SIGTERM ended the sweep, with everything saved."""
 
 
 def local(trials: Sequence[Trial], folder: Path, done: Done) -> None:
   """The engine that runs one trial after another in this process."""
-  for trial in trials:
-    line = run_trial(trial, folder)
-    if line['status'] == 'stopped':
-      raise Stopped
-    done(trial, line)
+  stop = StopSignal()
+  try:
+    for trial in trials:
+      line = run_trial(trial, folder)
+      if line['status'] != 'stopped':
+        done(trial, line)
+      if stop.requested:
+        raise Stopped
+  finally:
+    stop.restore()
 
 
 def run_sweep(
@@ -60,7 +65,10 @@ def run_sweep(
   with the others. Raises UserError if another sweep runs in the folder, or if a result there is
   of another config; Stopped on SIGTERM.
   """
-  folder.mkdir(parents=True, exist_ok=True)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'--workdir={folder}: {error.strerror}; choose another folder') from error
   with _lease(folder / '.lock', wait=False):
     results = Results(folder)
     results.check(trials)

@@ -274,8 +274,10 @@ class StopSignal:
     if threading.current_thread() is threading.main_thread():
       self._previous = signal.signal(signal.SIGTERM, self._note)
 
-  def _note(self, *_) -> None:
+  def _note(self, *signal_and_frame) -> None:
     self.requested = True
+    if callable(self._previous):  # a sweep's, which has trials after this one
+      self._previous(*signal_and_frame)
 
   def restore(self) -> None:
     if self._previous is not None:

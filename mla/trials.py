@@ -16,10 +16,10 @@ from typing import Any
 from flax import nnx
 from ml_collections import ConfigDict
 
-from mla import checkpoint
+from mla import checkpoint, sharding
 from mla import config as config_lib
 from mla import model as model_lib
-from mla.data.pipeline import load_data
+from mla.data.pipeline import Data, eval_windows, load_data, train_batches
 from mla.errors import UserError
 
 # What the trials of an arm differ in.
@@ -174,14 +174,15 @@ def _is_sweep(folder: Path) -> bool:
   return not held or bool(held & {'trials', 'results.jsonl', '.lock'})
 
 
-def check(trials: Sequence[Trial], folder: Path) -> None:
+def check(trials: Sequence[Trial], folder: Path, *, on_these_devices: bool = True) -> None:
   """What only building a model, reading the text or looking at the sweep's folder can tell.
 
-  Raises UserError, naming the trial where it is one's, before anything trains.
+  With on_these_devices, also whether the trials' meshes fit this process's devices. Raises
+  UserError, naming the trial where it is one's, before anything trains.
   """
   if folder.exists() and (not folder.is_dir() or not _is_sweep(folder)):
     raise UserError(f'--workdir={folder}: is not empty and holds no sweep; choose another folder')
-  vocabularies: dict[str, int] = {}
+  texts: dict[str, Data] = {}
   seen = set()
   for trial in trials:
     try:
@@ -191,9 +192,16 @@ def check(trials: Sequence[Trial], folder: Path) -> None:
       if trial.arm not in seen:
         seen.add(trial.arm)
         source = json.dumps(trial.config.data.to_dict(), sort_keys=True)
-        if source not in vocabularies:
-          vocabularies[source] = load_data(trial.config).tokenizer.vocab_size
-        vocab = vocabularies[source]
-        nnx.eval_shape(lambda c=trial.config, v=vocab: model_lib.make_model(c, v))
+        if source not in texts:
+          texts[source] = load_data(trial.config)
+        _check_arm(trial.config, texts[source], on_these_devices)
     except UserError as error:
       raise UserError(f'trial {trial.name}: {error}') from error
+
+
+def _check_arm(config: ConfigDict, data: Data, on_these_devices: bool) -> None:
+  nnx.eval_shape(lambda: model_lib.make_model(config, data.tokenizer.vocab_size))
+  train_batches(data.train, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
+  eval_windows(data.validation, seq_len=config.seq_len, max_tokens=config.data.eval_tokens)
+  if on_these_devices:
+    sharding.check_batch(config, sharding.make_mesh(config.mesh.to_dict()))

@@ -11,12 +11,9 @@ import pytest
 import test_sweep
 
 ray = pytest.importorskip('ray')
-import jsonschema  # noqa: E402  (Ray brings these three)
-import psutil  # noqa: E402
-import yaml  # noqa: E402
-from ray.cluster_utils import Cluster  # noqa: E402
+Cluster = pytest.importorskip('ray.cluster_utils').Cluster
+jsonschema, psutil, yaml = map(pytest.importorskip, ('jsonschema', 'psutil', 'yaml'))  # Ray's
 
-text = test_sweep.text
 LIMIT = 240  # seconds that one sweep may take
 
 
@@ -53,7 +50,7 @@ def cluster():
   cluster.shutdown()
 
 
-def worker_in_mid_trial(folder: Path, trial: str, sweep: subprocess.Popen) -> psutil.Process:
+def worker_in_mid_trial(folder: Path, trial: str, sweep: subprocess.Popen) -> 'psutil.Process':
   """The process that runs a trial, as soon as the trial has a checkpoint."""
   log, checkpoints = folder / 'logs' / f'{trial}.txt', folder / 'trials' / trial / 'checkpoints'
   began = time.monotonic()

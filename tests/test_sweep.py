@@ -9,35 +9,23 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config
+from conftest import SHORT_RUN, tiny_config
 
 from mla import frontier, report, sweep, trials
 from mla.errors import UserError
+from mla.train import StopSignal
 
 ROOT = Path(__file__).parent.parent
 FIELDS = {
-  'num_layers': 1,
-  'd_model': 16,
+  **SHORT_RUN,
   'num_heads': 2,
   'head_dim': 6,
-  'ffn_dim': 16,
   'rope_dim': 4,
-  'seq_len': 16,
   'batch_size': 2,
-  'num_steps': 12,
-  'warmup_steps': 2,
   'log_every': 4,
   'eval_every': 12,
   'checkpoint_every': 4,
-  'data.eval_tokens': 64,
 }
-
-
-@pytest.fixture(scope='module')
-def text(tmp_path_factory) -> Path:
-  path = tmp_path_factory.mktemp('text') / 'text.txt'
-  path.write_text(''.join(f'{n} bottles of beer on the wall\n' for n in range(2000)))
-  return path
 
 
 def run(folder: Path, text: Path, *flags: str, **changes) -> subprocess.CompletedProcess:
@@ -132,6 +120,8 @@ def test_a_failed_trial_ends_no_other(text, tmp_path):
     (['--sweep=latent_dims=4'], 'latent_dims'),
     (['--sweep=latent_dim=4,big'], 'trial latent_dim=big'),
     (['--sweep=latent_dim=4,0'], 'trial latent_dim=0'),
+    (['--sweep=mesh.data=-1,3'], 'trial mesh.data=3: mesh'),
+    (['--sweep=seq_len=16,100000'], 'trial seq_len=100000: batch_size'),
     (['--sweep=ffn_dim,param_budget=0:1000'], 'trial ffn_dim=0,param_budget=1000'),
     (['--sweep=seed=1', '--arms=nowhere.py'], '--arms=nowhere.py'),
     (['--sweep=seed=1', '--address=auto'], '--address=auto'),
@@ -162,6 +152,19 @@ def test_a_foreign_folder_or_another_config_is_refused(finished, text, tmp_path)
   refused = run(finished, text, *AXES, weight_decay=0.5)
   assert refused.returncode == 2 and 'weight_decay' in refused.stderr
   assert losses(finished) == before
+
+
+def test_a_folder_that_cannot_be_made_is_refused(text, tmp_path):
+  refused = run(text / 'sweep', text, *AXES)
+  assert refused.returncode == 2
+  assert f'--workdir={text}/sweep' in refused.stderr and refused.stderr.count('\n') == 1
+
+
+def test_without_a_result_there_is_no_report(text, tmp_path):
+  done = run(tmp_path / 'sweep', text, '--sweep=learning_rate=1e30')
+  assert done.returncode == 1
+  assert 'FAILED' in done.stdout and 'no report: every trial failed' in done.stdout
+  assert not done.stderr
 
 
 def some_trials(**changes):
@@ -218,6 +221,23 @@ def test_tuning_takes_the_best_rate_to_the_other_seeds(tmp_path):
   assert [arm['seeds'] for arm in summary['arms']] == [3, 3]
   assert any('b: its best learning rate, 0.003, is an edge' in w for w in report.warnings(summary))
   assert not any(w.startswith('a:') for w in report.warnings(summary))
+
+
+def test_sigterm_in_a_trials_last_step_starts_no_other(tmp_path, monkeypatch):
+  ended = []
+
+  def run_trial(trial, folder):
+    stop = StopSignal()  # the trainer's
+    os.kill(os.getpid(), signal.SIGTERM)
+    stop.restore()
+    return fake_line(trial, {'a': 1e-3, 'b': 1e-3})
+
+  monkeypatch.setattr(sweep, 'run_trial', run_trial)
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(sweep.Stopped):
+    sweep.local(some_trials(), tmp_path, lambda trial, line: ended.append(trial))
+  assert len(ended) == 1
+  assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_two_sweeps_keep_out_of_one_folder(tmp_path):
