@@ -2,7 +2,7 @@
 
   python sweep.py --config=configs/mla_small.py --sweep=latent_dim=16,32,64 --sweep=seed=0,1,2 \
     --workdir=DIR [--arms=FILE] [--tune_on_first_seed] [--reference=ARM] [--margin=NATS]
-    [--engine=local|ray] [--address=...] [--resources=cpu=4,gpu=1]
+    [--engine=local|ray] [--address=...] [--resources=cpu=4,gpu=1] [--slice=TPU-V4:2x2x2]
 
 Each --sweep multiplies the trials; fields that move together are written
 --sweep=attention,num_kv_heads=gqa:2,mqa:0. Run again, it does only what is missing. Exit codes: 0
@@ -29,6 +29,12 @@ RESOURCES = flags.DEFINE_string(
   'resources',
   '',
   "what a trial holds with --engine=ray, e.g. cpu=4,gpu=1; all of a machine's cores",
+)
+SLICE = flags.DEFINE_string(
+  'slice',
+  None,
+  'with --engine=ray: the TPU slice of several hosts that a trial trains on, e.g. TPU-V4:2x2x2; '
+  '--resources=TPU=4 is then the chips of one host',
 )
 TUNE = flags.DEFINE_bool(
   'tune_on_first_seed', False, 'other seeds take the learning rate that was best with the first'
@@ -71,9 +77,9 @@ def main() -> int:
 
 def make_engine() -> sweep.Engine:
   if ENGINE.value == 'local':
-    for flag, value in (('address', ADDRESS.value), ('resources', RESOURCES.value)):
-      if value:
-        raise UserError(f'--{flag}={value}: is for --engine=ray')
+    for flag in (ADDRESS, RESOURCES, SLICE):
+      if flag.value:
+        raise UserError(f'--{flag.name}={flag.value}: is for --engine=ray')
     return sweep.local
   resources = {'cpu': float(cpu.core_count())}
   if RESOURCES.value:
@@ -82,7 +88,10 @@ def make_engine() -> sweep.Engine:
       resources = {name: float(amount) for name, amount in pairs}
     except ValueError as error:
       raise UserError(f'--resources={RESOURCES.value}: write NAME=NUMBER,NAME=NUMBER') from error
-  return ray_engine.make_engine(ADDRESS.value, resources)
+  if SLICE.value and not resources.get('TPU', 0) >= 1:
+    raise UserError(f'--slice={SLICE.value}: how many chips has a host? e.g. --resources=TPU=4')
+  slice_ = ray_engine.parse_slice(SLICE.value) if SLICE.value else None
+  return ray_engine.make_engine(ADDRESS.value, resources, slice_)
 
 
 if __name__ == '__main__':

@@ -35,9 +35,7 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
   A UserError ends in one line on stderr and exit code 2, Diverged likewise with 1.
   """
   argv = sys.argv if argv is None else argv
-  # Our own warnings as plain lines; what the libraries log as errors, they also raise.
-  logging.basicConfig(format='warning: %(message)s', level=logging.WARNING)
-  absl.logging.set_verbosity(absl.logging.FATAL)
+  log_plainly()
   try:
     _parse(argv)
     use_compilation_cache()
@@ -46,6 +44,12 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
     sys.exit(_complain(error, EXIT_USER_ERROR))
   except Diverged as error:
     sys.exit(_complain(error, EXIT_FAILED))
+
+
+def log_plainly() -> None:
+  """Our own warnings as plain lines; what the libraries log as errors, they also raise."""
+  logging.basicConfig(format='warning: %(message)s', level=logging.WARNING)
+  absl.logging.set_verbosity(absl.logging.FATAL)
 
 
 def use_compilation_cache() -> None:

@@ -66,6 +66,25 @@ class Metrics:
     self._file.close()
 
 
+class NoMetrics:
+  """For the processes of a run that write nothing."""
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    pass
+
+  def write_text(self, step: int, name: str, text: str) -> None:
+    pass
+
+  def progress(self, step: int, values: dict[str, float]) -> None:
+    pass
+
+  def say(self, line: str) -> None:
+    pass
+
+  def close(self) -> None:
+    pass
+
+
 def read(path: Path) -> list[dict]:
   """The whole lines of a metrics.jsonl; a last line cut short by a kill is left out."""
   lines = []

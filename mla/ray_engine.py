@@ -5,35 +5,61 @@ trial whose worker or node dies is started again elsewhere and goes on from its 
 sweep's folder must be one that all nodes see.
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
 import logging
 import math
 import os
+import platform
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
 
 from mla import cpu
-from mla.errors import UserError
-from mla.sweep import Done, Engine, Stopped, failed_line, run_trial
+from mla.checkpoint import claim_workdir
+from mla.errors import Diverged, UserError
+from mla.sweep import Done, Engine, Stopped, failed_line, log_of, run_trial
 from mla.trials import Trial
 
 RESTARTS = 5  # of one trial, before it counts as failed
 
 
-def make_engine(address: str | None, resources: Mapping[str, int | float]) -> Engine:
+class Slice(NamedTuple):
+  """A TPU slice of several hosts, by Ray's names."""
+
+  accelerator: str  # 'TPU-V4'
+  topology: str  # '2x2x2', in chips
+
+
+def parse_slice(text: str) -> Slice:
+  """'TPU-V4:2x2x2'; UserError if it is none."""
+  found = re.fullmatch(r'(TPU-\w+):(\d+(?:x\d+)+)', text)
+  if not found:
+    raise UserError(f'--slice={text}: write ACCELERATOR:TOPOLOGY, e.g. TPU-V4:2x2x2')
+  return Slice(*found.groups())
+
+
+def make_engine(
+  address: str | None, resources: Mapping[str, int | float], slice_: Slice | None = None
+) -> Engine:
   """An engine on the cluster at `address`, or on one of its own on this machine if None.
 
   `resources` is what a trial holds, by Ray's names: {'cpu': 2}, {'cpu': 4, 'gpu': 1}. On CPUs a
-  trial computes on as many devices as it holds CPUs. Raises UserError where Ray is not installed.
+  trial computes on as many devices as it holds CPUs. With a slice, a trial trains on all hosts of
+  one, as one program, and `resources` is what it holds of each, {'TPU': 4}; it is then read through
+  its cache on one host's CPUs. Raises UserError where Ray is not installed.
   """
   os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')  # nothing is sent home
   os.environ.setdefault('RAY_CHDIR_TO_TRIAL_DIR', '0')  # a config's relative paths stay good
   if importlib.util.find_spec('ray') is None:
     raise UserError("--engine=ray: needs Ray; pip install -e '.[sweep]'")
-  return functools.partial(_run, address=address, resources=dict(resources))
+  return functools.partial(_run, address=address, resources=dict(resources), slice_=slice_)
 
 
 def _run(
@@ -43,6 +69,7 @@ def _run(
   *,
   address: str | None,
   resources: dict[str, int | float],
+  slice_: Slice | None,
 ) -> None:
   import ray
   from ray import tune
@@ -67,12 +94,18 @@ def _run(
     _connect(address)
   _check_room(resources, ray.cluster_resources(), may_grow=address is not None)
   rows = math.gcd(*(t.config.batch_size // t.config.accumulation_steps for t in todo))
-  work = tune.with_parameters(
-    _work, todo=todo, folder=folder, rows=rows, cores=max(1, int(resources.get('cpu', 1)))
-  )
+  common = {'todo': todo, 'folder': folder}
+  if slice_ is None:
+    cores = max(1, int(resources.get('cpu', 1)))
+    work = tune.with_parameters(_work, rows=rows, cores=cores, **common)
+    held, at_once = resources, None  # as many as there is room for
+  else:
+    work = tune.with_parameters(_work_on_slice, slice_=slice_, resources=resources, **common)
+    held, at_once = {'cpu': 1}, _count_slices(ray.cluster_resources())  # it waits for the hosts
   try:
     tune.Tuner(
-      tune.with_resources(work, resources),
+      tune.with_resources(work, held),
+      tune_config=tune.TuneConfig(max_concurrent_trials=at_once),
       param_space={'index': tune.grid_search(list(range(len(todo))))},
       run_config=tune.RunConfig(
         name='tune',
@@ -123,6 +156,12 @@ def _check_room(
       raise UserError(f'--resources={name}={amount:g}: the cluster has {there:g}; ask for less')
 
 
+def _count_slices(available: Mapping[str, int | float]) -> int:
+  """Slices there are, by the mark that Ray gives the first host of each; at least 1."""
+  marks = (n for name, n in available.items() if re.fullmatch('TPU-.*-head', name))
+  return max(1, int(sum(marks)))
+
+
 def _work(point: dict, *, todo: list[Trial], folder: Path, rows: int, cores: int) -> None:
   """One trial, in a worker process."""
   from ray import tune
@@ -131,5 +170,76 @@ def _work(point: dict, *, todo: list[Trial], folder: Path, rows: int, cores: int
 
   cpu.use_cores(rows, cores)
   cpu.keep_freed_memory()
+  cli.log_plainly()
   cli.use_compilation_cache()
   tune.report({'line': json.dumps(run_trial(todo[point['index']], folder))})
+
+
+def _work_on_slice(
+  point: dict,
+  *,
+  todo: list[Trial],
+  folder: Path,
+  slice_: Slice,
+  resources: dict[str, int | float],
+) -> None:
+  """One trial, from a process beside the slice's hosts."""
+  import jax
+  from ray import tune
+
+  from mla import cli
+
+  jax.config.update('jax_platforms', 'cpu')  # the chips are the hosts'
+  cli.log_plainly()
+  cli.use_compilation_cache()
+  train = functools.partial(_train_on_slice, slice_=slice_, resources=resources)
+  tune.report({'line': json.dumps(run_trial(todo[point['index']], folder, train))})
+
+
+def _train_on_slice(
+  config: ConfigDict, workdir: Path, *, slice_: Slice, resources: dict[str, int | float]
+) -> bool:
+  """train_and_evaluate as one program over a slice's hosts; if one is lost, again on a slice."""
+  from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+  from ray.train.v2.jax import JaxTrainer
+
+  claim_workdir(config, workdir)
+  chips = math.prod(map(int, slice_.topology.split('x')))
+  result = JaxTrainer(
+    _train_on_host,
+    train_loop_config={'config': config, 'workdir': workdir},
+    scaling_config=ScalingConfig(
+      use_tpu=True,
+      num_workers=int(chips // resources['TPU']),
+      topology=slice_.topology,
+      accelerator_type=slice_.accelerator,
+      resources_per_worker=resources,
+    ),
+    run_config=RunConfig(
+      name=workdir.name,
+      storage_path=str(workdir.parent.parent / 'ray'),
+      failure_config=FailureConfig(max_failures=RESTARTS),
+      worker_runtime_env={'env_vars': {'RAY_TRAIN_ENABLE_PRINT_PATCH': '0'}},  # no line twice
+    ),
+  ).fit()
+  error = getattr(result, 'return_value', '')  # of the first host; in Ray's second API only
+  if error:
+    raise UserError(error)
+  return True
+
+
+def _train_on_host(what: dict) -> str:
+  """A host's part; Ray has joined the hosts to one jax.distributed program. Returns the error."""
+  from mla import cli
+  from mla.train import train_and_evaluate
+
+  cli.log_plainly()
+  cli.use_compilation_cache()
+  log = log_of(what['workdir'])
+  with log.open('a') as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    print(f'process {os.getpid()} on {platform.node()}', flush=True)
+    try:
+      train_and_evaluate(what['config'], what['workdir'])
+    except (UserError, Diverged) as failed:  # another try would end the same
+      return str(failed)
+  return ''

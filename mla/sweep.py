@@ -18,6 +18,7 @@ from typing import Any
 
 import filelock
 import numpy as np
+from ml_collections import ConfigDict
 
 from mla import cost, frontier, metrics
 from mla.data.pipeline import load_data
@@ -106,13 +107,16 @@ def _two_stages(trials: Sequence[Trial], results: 'Results') -> Iterator[list[Tr
   yield [trial for trial in rest if best.get(trial.arm) == trial.learning_rate]
 
 
-def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
+def run_trial(
+  trial: Trial, folder: Path, train: Callable[[ConfigDict, Path], bool] = train_and_evaluate
+) -> dict[str, Any]:
   """Trains a trial, or goes on with it, and reads it through its cache; returns its line.
 
   Waits while another process holds the trial's lease. What goes wrong becomes status 'failed' with
-  one line of error, so that it ends no other trial; SIGTERM gives 'stopped'.
+  one line of error, so that it ends no other trial; SIGTERM gives 'stopped'. `train` does the
+  training, in this process unless the engine has others for it.
   """
-  workdir, log = folder / 'trials' / trial.name, folder / 'logs' / f'{trial.name}.txt'
+  workdir, log = folder / 'trials' / trial.name, log_of(folder / 'trials' / trial.name)
   for path in (workdir.parent, log.parent):
     path.mkdir(parents=True, exist_ok=True)
   line = _line(trial)
@@ -125,7 +129,7 @@ def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
   ):
     try:
       print(f'process {os.getpid()} on {platform.node()}', flush=True)
-      if not train_and_evaluate(trial.config, workdir):
+      if not train(trial.config, workdir):
         return {**line, 'status': 'stopped'}
       figures, nll = score_run(workdir, CACHE_DTYPE, max_tokens=trial.config.data.eval_tokens)
       del figures['workdir'], figures['perplexity_ci95']  # the report's interval is over seeds
@@ -145,6 +149,11 @@ def run_trial(trial: Trial, folder: Path) -> dict[str, Any]:
       traceback.print_exc()
       reason = (str(error).splitlines() or [''])[0][:200]
       return failed_line(trial, f'{type(error).__name__}: {reason}; see {log}')
+
+
+def log_of(workdir: Path) -> Path:
+  """What a trial printed."""
+  return workdir.parent.parent / 'logs' / f'{workdir.name}.txt'
 
 
 def _line(trial: Trial) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
@@ -23,7 +24,7 @@ from mla import sharding
 from mla.checkpoint import Checkpoints, claim_workdir
 from mla.data.pipeline import Data, EvalWindows, eval_windows, load_data, train_batches
 from mla.errors import Diverged
-from mla.metrics import Metrics
+from mla.metrics import Metrics, NoMetrics
 from mla.optimizer import make_optimizer, make_schedule
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = 'The ', 128
@@ -40,6 +41,9 @@ def train_and_evaluate(
   config: ConfigDict, workdir: Path, report: Callable[[int, dict], None] | None = None
 ) -> bool:
   """Trains to config.num_steps, going on from workdir's newest checkpoint if it has one.
+
+  Over several processes (jax.distributed), each calls this with the same arguments and a workdir
+  that all see; the first writes the metrics, and no text is sampled.
 
   Calls report(step, evaluation) after each evaluation. Returns True when the run is complete, False
   when SIGTERM ended it early, with everything saved. Raises UserError for what the user can mend,
@@ -62,7 +66,7 @@ def train_and_evaluate(
   windows = eval_windows(
     data.validation, seq_len=config.seq_len, max_tokens=config.data.eval_tokens
   )
-  claim_workdir(config, workdir)
+  _claim_together(config, workdir)
 
   with jax.set_mesh(mesh):
     # Where it stands.
@@ -79,7 +83,8 @@ def train_and_evaluate(
     if state is None:
       state = jax.jit(create, out_shardings=placement)()
 
-    metrics = Metrics(workdir, start=start, total=config.num_steps)
+    first = jax.process_index() == 0
+    metrics = Metrics(workdir, start=start, total=config.num_steps) if first else NoMetrics()
     metrics.say(describe(config, model, data, mesh, start))
 
     # The compiled parts.
@@ -125,10 +130,13 @@ def train_and_evaluate(
       if last or step % config.eval_every == 0:
         evaluation = evaluate(eval_fn, state.params, windows, data, config, mesh)
         metrics.write(step, evaluation)
-        text = sample_text(graphdef, state, data, config, mesh)
-        metrics.write_text(step, 'sample', text)
         loss, bits = evaluation['eval_loss'], evaluation['eval_bits_per_byte']
-        metrics.say(f'step {step}  eval loss {loss:.4f}  {bits:.4f} bits per byte  {text!r}')
+        said = f'step {step}  eval loss {loss:.4f}  {bits:.4f} bits per byte'
+        if jax.process_count() == 1:
+          text = sample_text(graphdef, state, data, config, mesh)
+          metrics.write_text(step, 'sample', text)
+          said += f'  {text!r}'
+        metrics.say(said)
         if report is not None:
           report(step, evaluation)
         since, since_step = time.monotonic(), step
@@ -195,7 +203,8 @@ def evaluate(
   for start in range(0, len(windows.tokens), config.batch_size):
     tokens, mask = (rows[start : start + config.batch_size] for rows in windows)
     fill = ((0, config.batch_size - len(tokens)), (0, 0))
-    batch = [sharding.put_batch(np.pad(rows, fill), mesh) for rows in (tokens, mask)]
+    mine = slice(jax.process_index(), None, jax.process_count())
+    batch = [sharding.put_batch(np.pad(rows, fill)[mine], mesh) for rows in (tokens, mask)]
     part, targets = eval_fn(params, *batch)
     nll, count = nll + float(part), count + int(targets)
   text = int(np.sum(data.tokenizer.byte_lengths[windows.tokens[:, 1:]] * windows.mask))
@@ -236,6 +245,15 @@ def describe(config: ConfigDict, model: model_lib.Decoder, data: Data, mesh, sta
   )
 
 
+def _claim_together(config: ConfigDict, workdir: Path) -> None:
+  """claim_workdir, by the first process before the others look."""
+  if jax.process_index() == 0:
+    claim_workdir(config, workdir)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('workdir claimed')
+    claim_workdir(config, workdir)
+
+
 def _restore(checkpoints, abstract, placement, batches, data: Data):
   """(state, step) of the newest whole checkpoint, or (None, 0)."""
   target = jax.tree.map(
@@ -266,12 +284,17 @@ def _check_finite(measured: dict[str, Array], step: int, checkpoints: Checkpoint
 
 
 class StopSignal:
-  """Notes a SIGTERM, so that the loop can end at a step's boundary and save."""
+  """Notes a SIGTERM, so that the loop can end at a step's boundary and save.
+
+  Not over several processes, which would have to agree on the step: they end at once, and go on
+  from their last checkpoint.
+  """
 
   def __init__(self):
     self.requested = False
     self._previous: Any = None
-    if threading.current_thread() is threading.main_thread():
+    alone = jax.process_count() == 1
+    if alone and threading.current_thread() is threading.main_thread():
       self._previous = signal.signal(signal.SIGTERM, self._note)
 
   def _note(self, *signal_and_frame) -> None:

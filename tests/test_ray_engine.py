@@ -14,7 +14,7 @@ ray = pytest.importorskip('ray')
 Cluster = pytest.importorskip('ray.cluster_utils').Cluster
 jsonschema, psutil, yaml = map(pytest.importorskip, ('jsonschema', 'psutil', 'yaml'))  # Ray's
 
-LIMIT = 240  # seconds that one sweep may take
+LIMIT = 200  # seconds that one sweep may take
 
 
 def run(folder: Path, text: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -36,18 +36,49 @@ def test_both_engines_give_the_same_losses(text, tmp_path, monkeypatch):
   assert test_sweep.losses(tmp_path / 'ray') == test_sweep.losses(tmp_path / 'local')
 
 
+STORE = {'object_store_memory': 80 * 2**20}
+
+
 @pytest.fixture
-def cluster():
-  """Three raylets: a head that computes nothing, and two nodes with room for a trial each."""
-  store = {'object_store_memory': 80 * 2**20}
+def head():
+  """A cluster whose first node computes nothing."""
   cluster = Cluster(
-    initialize_head=True,
-    head_node_args={'num_cpus': 0, 'include_dashboard': False, **store},
+    initialize_head=True, head_node_args={'num_cpus': 0, 'include_dashboard': False, **STORE}
   )
-  for _ in range(2):
-    cluster.add_node(num_cpus=2, **store)
   yield cluster
   cluster.shutdown()
+
+
+@pytest.fixture
+def cluster(head):
+  """Three raylets: the head, and two nodes with room for a trial each."""
+  for _ in range(2):
+    head.add_node(num_cpus=2, **STORE)
+  return head
+
+
+@pytest.fixture
+def slices(head):
+  """Five raylets: the head, and two TPU slices of two hosts, whose chips are CPUs in truth."""
+  of_slice = {'tpu-pod-type': 'v4-16', 'tpu-topology': '2x2x2', 'accelerator-type': 'TPU-V4'}
+  for name in ('slice-a', 'slice-b'):
+    for worker in ('0', '1'):
+      labels = {'tpu-slice-name': name, 'tpu-worker-id': worker, **of_slice}
+      lead = {'TPU-v4-16-head': 1} if worker == '0' else {}
+      head.add_node(
+        num_cpus=2,
+        resources={'TPU': 4, 'accelerator_type:TPU-V4': 1, **lead},
+        labels={f'ray.io/{label}': value for label, value in labels.items()},
+        env_vars={
+          'TPU_NAME': name,
+          'TPU_WORKER_ID': worker,
+          'TPU_ACCELERATOR_TYPE': 'v4-16',
+          'TPU_TOPOLOGY': '2x2x2',
+          'JAX_PLATFORMS': 'cpu',
+        },
+        **STORE,
+      )
+  return head
 
 
 def worker_in_mid_trial(folder: Path, trial: str, sweep: subprocess.Popen) -> 'psutil.Process':
@@ -82,6 +113,31 @@ def test_a_worker_and_a_node_die_in_mid_trial(cluster, text, tmp_path):
   assert test_sweep.run(tmp_path / 'local', text, *test_sweep.AXES, **longer).returncode == 0
   assert len(test_sweep.losses(folder)) == 4
   assert test_sweep.losses(folder) == test_sweep.losses(tmp_path / 'local')
+
+
+def test_trials_over_the_hosts_of_a_slice(slices, text, tmp_path):
+  folder, log = tmp_path / 'ray', tmp_path / 'log.txt'
+  axis, longer = '--sweep=learning_rate=1e-3,1e30', {'num_steps': 100, 'checkpoint_every': 20}
+  flags = (
+    '--engine=ray',
+    f'--address={slices.address}',
+    '--slice=TPU-V4:2x2x2',
+    '--resources=TPU=4',
+  )
+  command = test_sweep.command(folder, text, axis, *flags, **longer)
+  with log.open('w') as out, subprocess.Popen(command, stdout=out, stderr=out) as sweep:
+    try:
+      worker_in_mid_trial(folder, 'learning_rate=0.001', sweep).send_signal(signal.SIGKILL)
+      assert sweep.wait(timeout=LIMIT) == 1, log.read_text()  # the other trial failed
+    finally:
+      sweep.kill()
+  assert 'learning_rate=1e+30  FAILED: the loss is no longer finite' in log.read_text()
+  printed = (folder / 'logs' / 'learning_rate=0.001.txt').read_text()
+  assert 'from step' in printed and 'mesh data=2' in printed, printed
+  test_sweep.run(tmp_path / 'local', text, axis, **longer)
+  assert len(test_sweep.losses(folder)) == 1
+  # Hosts may add up in another order than one host's devices.
+  assert test_sweep.losses(folder) == pytest.approx(test_sweep.losses(tmp_path / 'local'), abs=1e-4)
 
 
 def test_the_cloud_cluster_file_keeps_rays_schema():
