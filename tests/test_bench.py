@@ -1,0 +1,55 @@
+"""The benches' arithmetic, and one of them for real."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import harness
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+  'better, figures, ratios',
+  [
+    # Tokens a second: ours over the peer's, each side's best setting.
+    (max, {'ours': [10, 30, 20], 'peer': [5, 10, 20]}, (1, 2, 3)),
+    # Milliseconds: the peer's over ours.
+    (min, {'ours': [1, 2, 4], 'peer': [4, 4, 4]}, (1, 2, 4)),
+  ],
+)
+def test_ratios_are_of_the_best_settings_round_by_round(monkeypatch, better, figures, ratios):
+  asked = []
+
+  def run_worker(module, side, case):
+    asked.append(side)
+    value = figures[side][(len(asked) - 1) // 2]
+    return {'good': {'x': value}, 'bad': {'x': value / 9 if better is max else value * 9}}
+
+  monkeypatch.setattr(harness, 'run_worker', run_worker)
+  row = harness.side_by_side('bench.any', {}, 3, 'x', better)
+  assert asked == ['ours', 'peer'] * 3
+  assert (row['ratio_min'], row['ratio'], row['ratio_max']) == ratios
+  assert row['peer_setting'] == 'good'
+
+
+def test_decode_growth_measures_each_context(tmp_path):
+  path = tmp_path / 'growth.json'
+  subprocess.run(
+    [
+      *(sys.executable, '-m', 'bench.decode_growth', '--variants=mla', '--dtypes=int8'),
+      *('--contexts=64,256', '--batches=2', f'--json={path}'),
+    ],
+    cwd=ROOT,
+    check=True,
+    capture_output=True,
+  )
+  written = json.loads(path.read_text())
+  assert {'hardware', 'versions'} <= written.keys()
+  short, long = written['rows']
+  per_token = 4 * (32 + 4 + 32 + 4)  # layers x int8 latent and rotary key, each with its scale
+  assert long['cache_bytes'] - short['cache_bytes'] == 2 * (256 - 64) * per_token
+  assert all(row['ms_per_token'] > 0 for row in written['rows'])
