@@ -58,7 +58,7 @@ def ours(case: dict) -> dict:
   scale = q.shape[-1] ** -0.5
 
   def both(q, k, v, d_out):
-    out, pull = jax.vjp(lambda q, k, v: causal_attention(q, k, v, scale=scale), q, k, v)
+    out, pull = jax.vjp(lambda q, k, v: causal_attention([q], [k], v, scale=scale), q, k, v)
     return out, *pull(d_out)
 
   with jax.set_mesh(mesh):

@@ -4,10 +4,13 @@ python -m bench.decode_growth [--variants=mha,gqa,mqa,mla] [--dtypes=float32,bfl
                               [--contexts=512,2048,8192,32768] [--batches=1,8,32] [--json=FILE]
 
 The caches are filled with noise, for a step's time does not depend on what it reads. `bytes
-accessed` is XLA's count for the compiled step on one device: how many times the cache is read.
+accessed` are of the compiled step on one device: XLA's count, which leaves out what C++ reads, and
+the arrays that the program hands to mla/native.cc's cached attention, which goes through each once.
 There is no peer; bench.decode has one.
 """
 
+import math
+import re
 from typing import Any
 
 from bench import harness
@@ -29,7 +32,7 @@ def measure(case: dict) -> dict:
   model = make_model(generation.small_config(case['variant']), 257)
   results = {}
   for batch in case['batches']:
-    mesh = generation.mesh_of(max(n for n in range(1, harness.cores() + 1) if batch % n == 0))
+    mesh = generation.mesh_of(max(n for n in range(1, jax.device_count() + 1) if batch % n == 0))
     for context in case['contexts']:
       with jax.set_mesh(mesh):
         cache = generation.noise_cache(model, batch, context, case['cache_dtype'])
@@ -40,9 +43,23 @@ def measure(case: dict) -> dict:
         token = jnp.zeros((batch, 1), jnp.int32)
         step = jax.jit(decode, donate_argnums=1).lower(model, cache, token).compile()
         costs: Any = step.cost_analysis()
-        figures['bytes_accessed'] = costs['bytes accessed']
+        figures['bytes_accessed'] = costs['bytes accessed'] + bytes_handed_over(str(step.as_text()))
       results[f'{batch} x {context}'] = figures
   return results
+
+
+BYTES = {'f32': 4, 'bf16': 2, 's8': 1, 's32': 4}
+
+
+def bytes_handed_over(program: str) -> int:
+  """Bytes of all arrays given to native.cc's cached attention, each once a call."""
+  total = 0
+  for call in re.findall(r'custom-call\(.*"mla_cached_forward".*', program):
+    names = re.sub(r'/\*.*?\*/', '', call[call.index('(') + 1 : call.index(')')]).split(', ')
+    shapes = re.findall(r'(\w+)\[([\d,]*)\]', call[call.index('operand_layout_constraints') :])
+    sizes = [BYTES[kind] * math.prod(map(int, dims.split(','))) for kind, dims in shapes]
+    total += sum(dict(zip(names, sizes, strict=False)).values())
+  return total
 
 
 def rows_of(case: dict, results: dict) -> list[dict]:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mla import native
+
 DTYPES = ('float32', 'bfloat16', 'int8')
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -83,6 +85,9 @@ def _write(stored: Stored, new: Array, starts: Int[Array, ' B']) -> Stored:
 
 
 def _put(into: Array, new: Array, starts: Array, axis: int) -> Array:
+  if native.usable():
+    return native.append(into, new.astype(into.dtype), starts, axis)
+
   def row(into: Array, new: Array, start: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(into, new.astype(into.dtype), start, axis)
 

@@ -41,7 +41,7 @@ def train_flops_per_token(config: ConfigDict, vocab: int) -> float:
   """
 
   def flops(layers: int) -> float:
-    with kernels.one_block():
+    with kernels.counted():
       compiled = _compile_step(
         _copy(config, num_layers=layers, remat='none', accumulation_steps=1), vocab
       )

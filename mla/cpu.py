@@ -6,6 +6,8 @@ import sys
 
 import jax
 
+from mla import native
+
 # glibc's mallopt parameters (malloc.h), and the largest value they take.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX, LARGEST = -1, -2, -4, -8, 2**31 - 1
 MADV_HUGEPAGE, HUGE = 14, 2**21  # linux/mman.h; bytes of a huge page on x86-64 and most ARM
@@ -18,14 +20,16 @@ def core_count() -> int:
 
 
 def use_cores(rows: int, cores: int = 0) -> None:
-  """One device a core, as far as `rows` of a batch split over them; touches no GPU or TPU.
+  """Has `cores` cores work on a batch of `rows`; 0 takes all there are. Touches no GPU or TPU.
 
-  cores=0 takes all there are.
-
-  Two devices ran the small configs 1.2 times faster than one with two threads.
+  With attention in C++ one device's threads keep all cores busy. Without, one device a core, as far
+  as the rows split over them: 1.2 times faster than one with two threads, though devices now and
+  then wait for each other where they add up their gradients (docs/log.md).
   """
+  if cores:
+    os.environ['NPROC'] = str(cores)  # XLA's number of threads
   cores = cores or core_count()
-  devices = max(n for n in range(1, cores + 1) if rows % n == 0)
+  devices = 1 if native.load() else max(n for n in range(1, cores + 1) if rows % n == 0)
   jax.config.update('jax_num_cpu_devices', devices)
 
 

@@ -42,7 +42,7 @@ class GroupedAttention(nnx.Module):
   ) -> Float[Array, 'B T D']:
     """Every token attends to those before it, in parallel."""
     q = self._rotate(project(x, self.w_q), positions)
-    out = causal_attention(q, entries['k'], entries['v'], scale=self.scale)
+    out = causal_attention([q], [entries['k']], entries['v'], scale=self.scale)
     return project(out, self.w_o, inputs=2)
 
   def attend_cached(

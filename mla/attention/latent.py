@@ -56,13 +56,10 @@ class LatentAttention(nnx.Module):
     self, x: Float[Array, 'B T D'], entries: dict[str, Array], positions: Positions
   ) -> Float[Array, 'B T D']:
     """Expanded: tokens attend to those before them, keys and values per head (eq. 10-19)."""
-    q = jnp.concatenate(self._queries(x, positions), axis=-1)
-    k_nope = project(entries['latent'], self.w_uk)
-    k_rope = entries['k_rope'][:, :, None, :]
-    k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], k_rope.shape[-1]))
-    k = jnp.concatenate([k_nope, k_rope], axis=-1)
-    v = project(entries['latent'], self.w_uv)
-    return project(causal_attention(q, k, v, scale=self.scale), self.w_o, inputs=2)
+    keys = [project(entries['latent'], self.w_uk), entries['k_rope'][:, :, None, :]]
+    values = project(entries['latent'], self.w_uv)
+    out = causal_attention(self._queries(x, positions), keys, values, scale=self.scale)
+    return project(out, self.w_o, inputs=2)
 
   def attend_cached(
     self, x: Float[Array, 'B T D'], cached: dict[str, Stored], positions: Int[Array, 'B T']

@@ -5,10 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mla import native
+from mla.attention import blockwise
 from mla.attention.kernels import cached_attention, causal_attention
 from mla.cache import Stored, quantise
 
 KEY = jax.random.key(0)
+
+
+@pytest.fixture(params=['native', 'xla'])
+def path(request, monkeypatch):
+  """Both ways attention can run on a CPU."""
+  if request.param == 'xla':
+    monkeypatch.setattr(native, 'usable', lambda: False)
+  elif not native.usable():
+    pytest.skip('no C++ compiler')
 
 
 def plain(q, k, v, scale, positions=None):
@@ -34,38 +45,65 @@ def inputs(length, heads, groups, n=10, v=6, slots=None):
 
 
 @pytest.mark.parametrize('groups', [1, 2, 6])
-@pytest.mark.parametrize(('length', 'block'), [(1, 8), (7, 8), (16, 8), (21, 8), (21, 0)])
-def test_values_and_gradients(groups, length, block):
-  q, k, v, weights = inputs(length, 6, groups)
+@pytest.mark.parametrize('length', [1, 15, 17, 64, 131])
+def test_values_and_gradients(path, groups, length):
+  check_gradients(
+    inputs(length, 6, groups), lambda q, k, v: causal_attention([q], [k], v, scale=0.3)
+  )
+
+
+@pytest.mark.parametrize('groups', [2, 6])
+def test_a_part_of_the_keys_that_all_heads_share(path, groups):
+  q, k, v, weights = inputs(70, 6, groups)
 
   def ours(q, k, v):
-    return causal_attention(q, k, v, scale=0.3, block=block)
+    shared = k[:, :, :1, 6:]
+    return causal_attention([q[..., :6], q[..., 6:]], [k[..., :6], shared], v, scale=0.3)
 
-  np.testing.assert_allclose(ours(q, k, v), plain(q, k, v, 0.3), atol=1e-5)
-  got = jax.grad(lambda *args: jnp.sum(ours(*args) * weights), argnums=(0, 1, 2))(q, k, v)
-  expected = jax.grad(lambda *args: jnp.sum(plain(*args, 0.3) * weights), argnums=(0, 1, 2))(
-    q, k, v
+  def whole(q, k, v):
+    shared = jnp.broadcast_to(k[:, :, :1, 6:], (*k.shape[:3], 4))
+    return plain(q, jnp.concatenate([k[..., :6], shared], axis=-1), v, 0.3)
+
+  check_gradients((q, k, v, weights), ours, whole)
+
+
+@pytest.mark.parametrize('groups', [1, 2, 6])
+@pytest.mark.parametrize(('length', 'block'), [(1, 8), (7, 8), (16, 8), (21, 8), (21, 0)])
+def test_blockwise_values_and_gradients(groups, length, block):
+  check_gradients(
+    inputs(length, 6, groups), lambda q, k, v: blockwise.causal(q, k, v, scale=0.3, block=block)
   )
-  for ours_, theirs in zip(got, expected, strict=True):
-    np.testing.assert_allclose(ours_, theirs, atol=2e-5)
 
 
-def test_large_scores_do_not_overflow():
+def check_gradients(arrays, ours, reference=lambda q, k, v: plain(q, k, v, 0.3)):
+  """Values, and the gradients of a weighted sum of them, against the reference's."""
+  *args, weights = arrays
+
+  def all_of(function):
+    out, pull = jax.vjp(function, *args)
+    return out, *pull(weights)
+
+  got, expected = (jax.jit(all_of, static_argnums=0)(f) for f in (ours, reference))
+  for one, other in zip(got, expected, strict=True):
+    np.testing.assert_allclose(one, other, atol=5e-5)
+
+
+def test_large_scores_do_not_overflow(path):
   q, k, v, _ = inputs(16, 2, 2)
-  out = causal_attention(q * 100, k * 100, v, scale=1.0, block=8)
+  out = causal_attention([q * 100], [k * 100], v, scale=1.0)
   assert np.all(np.isfinite(out))
 
 
-def test_bfloat16_keeps_its_softmax_in_float32():
+def test_bfloat16_keeps_its_softmax_in_float32(path):
   # 600 equal weights: a bfloat16 sum would stick at 256.
   k = jnp.zeros((1, 600, 1, 8), jnp.bfloat16)
   v = jnp.ones((1, 600, 1, 8), jnp.bfloat16)
-  out = causal_attention(k, k, v, scale=1.0, block=600)
+  out = causal_attention([k], [k], v, scale=1.0)
   np.testing.assert_allclose(np.asarray(out, np.float32), 1, atol=0.01)
 
 
 @pytest.mark.parametrize('groups', [1, 2, 6])
-def test_cached_against_plain(groups):
+def test_cached_against_plain(path, groups):
   q, k, v, _ = inputs(3, 6, groups, slots=20)
   positions = jnp.array([[4, 5, 6], [15, 16, 17]])
   stored = [Stored(x.swapaxes(1, 2), None) for x in (k, v)]
@@ -73,7 +111,7 @@ def test_cached_against_plain(groups):
   np.testing.assert_allclose(got, plain(q, k, v, 0.3, positions), atol=1e-5)
 
 
-def test_cached_scores_add_up_over_parts():
+def test_cached_scores_add_up_over_parts(path):
   q, k, v, _ = inputs(3, 6, 1, slots=20)
   positions = jnp.array([[4, 5, 6], [15, 16, 17]])
   whole = Stored(k.swapaxes(1, 2), None)
@@ -84,7 +122,7 @@ def test_cached_scores_add_up_over_parts():
   np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_cached_int8_is_attention_to_the_dequantised_cache():
+def test_cached_int8_is_attention_to_the_dequantised_cache(path):
   q, k, v, _ = inputs(3, 6, 2, slots=20)
   positions = jnp.array([[4, 5, 6], [15, 16, 17]])
   stored = [Stored(*quantise(x.swapaxes(1, 2))) for x in (k, v)]
@@ -93,10 +131,12 @@ def test_cached_int8_is_attention_to_the_dequantised_cache():
   np.testing.assert_allclose(got, plain(q, *wide, 0.3, positions), atol=1e-5)
 
 
-def test_memory_of_the_gradient_is_linear_in_length():
+def test_memory_of_the_gradient_is_linear_in_length(path):
   def peak(length):
     shape = jax.ShapeDtypeStruct((1, length, 4, 32), jnp.float32)
-    loss = jax.grad(lambda q, k, v: causal_attention(q, k, v, scale=1.0).sum(), argnums=(0, 1, 2))
+    loss = jax.grad(
+      lambda q, k, v: causal_attention([q], [k], v, scale=1.0).sum(), argnums=(0, 1, 2)
+    )
     return jax.jit(loss).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
 
   one, two, four, eight = (peak(1024 * factor) for factor in (1, 2, 4, 8))

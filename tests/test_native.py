@@ -1,0 +1,112 @@
+"""What is native.cc's own: reading a cache in pieces, writing to it, and doing without it."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mla import cache as cache_lib
+from mla import native
+from mla.attention.kernels import cached_attention
+from mla.cache import Stored
+
+pytestmark = pytest.mark.skipif(not native.usable(), reason='no C++ compiler')
+
+
+def softmax_over(stored_keys, values, queries, positions, scale):
+  """Attention in float64 numpy, one query at a time."""
+  batch, length, heads, _ = queries.shape
+  group = heads // values.shape[1]
+  out = np.zeros((batch, length, heads, values.shape[-1]))
+  for b, t, h in np.ndindex(batch, length, heads):
+    seen = positions[b, t] + 1
+    scores = stored_keys[b, h // group, :seen] @ queries[b, t, h] * scale
+    weights = np.exp(scores - scores.max())
+    out[b, t, h] = weights @ values[b, h // group, :seen] / weights.sum()
+  return out
+
+
+@pytest.mark.parametrize('dtype', cache_lib.DTYPES)
+@pytest.mark.parametrize(('groups', 'dims', 'length'), [(1, 24, 3), (2, 32, 1), (4, 7, 2)])
+def test_a_long_cache_is_read_whole_and_no_further(dtype, groups, dims, length):
+  slots, batch, heads = 4200, 3, 4  # three splits, the last of them with a broken block
+  rng = np.random.default_rng(0)
+  # Queries at the first slot, on both sides of a split's edge, and at the end.
+  last = np.array([length - 1, 2048 + length // 2, slots - 1])
+  positions = last[:, None] + np.arange(length) - (length - 1)
+  queries = rng.standard_normal((batch, length, heads, dims)).astype(np.float32)
+  wide = [rng.standard_normal((batch, groups, slots, dims)).astype(np.float32) for _ in range(2)]
+  if dtype == 'int8':
+    stored = [Stored(*cache_lib.quantise(jnp.asarray(x))) for x in wide]
+    read = [np.asarray(s.values, np.float64) * np.asarray(s.scale)[..., None] for s in stored]
+  else:
+    stored = [Stored(jnp.asarray(x, dtype), None) for x in wide]
+    read = [np.asarray(s.values.astype(jnp.float32), np.float64) for s in stored]
+  expected = softmax_over(*read, queries, positions, 0.3)
+
+  def attend(stored):
+    return cached_attention(
+      [jnp.asarray(queries)], [stored[0]], stored[1], jnp.asarray(positions, jnp.int32), scale=0.3
+    )
+
+  np.testing.assert_allclose(jax.jit(attend)(stored), expected, atol=2e-5)
+
+  # What lies beyond a row's last token is not looked at: not even a NaN there matters.
+  if dtype != 'int8':
+    beyond = np.arange(slots) > last[:, None]
+    spoilt = [
+      Stored(jnp.where(beyond[:, None, :, None], jnp.nan, s.values).astype(dtype), None)
+      for s in stored
+    ]
+    np.testing.assert_array_equal(jax.jit(attend)(spoilt), jax.jit(attend)(stored))
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8'])
+@pytest.mark.parametrize(('shape', 'axis'), [((3, 2, 9, 5), -2), ((3, 9, 5), -2), ((3, 2, 9), -1)])
+def test_append_writes_its_slots_and_no_others(dtype, shape, axis):
+  rng = np.random.default_rng(0)
+  into = rng.integers(-100, 100, shape)
+  new = np.take(rng.integers(-100, 100, shape), range(2), axis=axis)
+  starts = [0, 7, 3]
+  expected = into.copy()
+  for row, start in enumerate(starts):
+    np.moveaxis(expected[row], axis, 0)[start : start + 2] = np.moveaxis(new[row], axis, 0)
+  arrays = jnp.asarray(into, dtype), jnp.asarray(new, dtype), jnp.asarray(starts, jnp.int32)
+  got = jax.jit(lambda *args: native.append(*args, axis))(*arrays)
+  np.testing.assert_array_equal(np.asarray(got, np.float32), expected)
+
+
+def test_a_donated_cache_is_written_in_place():
+  shape = (2, 64, 1000)
+  step = jax.jit(
+    lambda into, new: native.append(into, new, jnp.array([1, 2]), -2), donate_argnums=0
+  )
+  array = jnp.zeros(shape)
+  compiled = step.lower(array, jnp.ones((2, 1, 1000))).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < array.nbytes / 10
+
+
+@pytest.mark.parametrize('compiler', ['no-such-compiler', 'false'])
+def test_without_a_compiler_it_says_so_and_does_without(compiler, tmp_path):
+  code = """
+import jax, jax.numpy as jnp
+from mla import cli, cpu, native
+from mla.attention.kernels import causal_attention
+cli.log_plainly()
+cpu.use_cores(4, 2)
+x = jnp.ones((4, 8, 2, 4))
+print(native.usable(), jax.device_count(), float(causal_attention([x], [x], x, scale=1.0).sum()))
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    env={'CXX': compiler, 'HOME': str(tmp_path), 'PATH': '/usr/bin:/bin'},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert done.stdout.split() == ['False', '2', '256.0']
+  (line,) = [line for line in done.stderr.splitlines() if 'warning' in line]
+  assert 'install g++' in line
