@@ -163,10 +163,22 @@ inline void transpose_square(Vec (&rows)[LANES]) {
   }
 }
 
-// out[d, s] = in[s, d] for BLOCK rows s and `dims` columns d, a multiple of LANES.
-void transpose(const float* in, int64_t in_row, int64_t dims, float* out) {
+// Memory that will be read soon, asked for a few lines at a time, into the second cache: the first has
+// too few slots for lines on their way, and what was asked for would hold up what is needed now.
+struct Ahead {
+  const uint8_t* from = nullptr;
+  int64_t bytes = 0;
+  void fetch(int64_t lines) {
+    for (; lines > 0 && bytes > 0; --lines, from += 64, bytes -= 64) __builtin_prefetch(from, 0, 2);
+  }
+};
+
+// out[d, s] = in[s, d] for BLOCK rows s and `dims` columns d, a multiple of LANES; fetches what is ahead.
+void transpose(const float* in, int64_t in_row, int64_t dims, float* out, Ahead* keys = nullptr,
+               Ahead* values = nullptr) {
   for (int64_t s = 0; s < BLOCK; s += LANES)
     for (int64_t d = 0; d < dims; d += LANES) {
+      if (keys) keys->fetch(LANES), values->fetch(LANES);
       Vec rows[LANES];
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; ++i) rows[i] = load(in + (s + i) * in_row + d);
@@ -516,21 +528,25 @@ void widen_slots(const Element* __restrict from, int64_t count, int64_t dims, fl
   std::memset(out + count * row, 0, sizeof(float) * (BLOCK - count) * row);
 }
 
-// Slots s .. s + count of one head as BLOCK float rows, unscaled.
-void read_slots(const Stored& stored, int64_t b, int64_t k, int64_t s, int64_t count, float* out,
-                int64_t row) {
+// Slots s .. s + count of one head as BLOCK rows of `row` floats, unscaled: in `buffer`, or where they
+// lie if they already are such rows. `ahead` becomes the block after it.
+const float* read_slots(const Stored& stored, int64_t b, int64_t k, int64_t s, int64_t count,
+                        float* buffer, int64_t row, Ahead* ahead) {
   const int64_t first = ((b * stored.K + k) * stored.S + s) * stored.dims;
-  switch (stored.dtype) {
-    case ffi::DataType::F32:
-      return widen_slots(reinterpret_cast<const float*>(stored.data) + first, count, stored.dims,
-                         out, row);
-    case ffi::DataType::BF16:
-      return widen_slots(reinterpret_cast<const uint16_t*>(stored.data) + first, count,
-                         stored.dims, out, row);
-    default:
-      return widen_slots(reinterpret_cast<const int8_t*>(stored.data) + first, count, stored.dims,
-                         out, row);
-  }
+  const int64_t size = stored.dtype == ffi::DataType::F32    ? 4
+                       : stored.dtype == ffi::DataType::BF16 ? 2
+                                                             : 1;
+  const uint8_t* from = stored.data + first * size;
+  const int64_t bytes = BLOCK * stored.dims * size;
+  *ahead = {from + bytes, bytes};
+  if (size == 4 && stored.dims == row && count == BLOCK) return reinterpret_cast<const float*>(from);
+  if (size == 4)
+    widen_slots(reinterpret_cast<const float*>(from), count, stored.dims, buffer, row);
+  else if (size == 2)
+    widen_slots(reinterpret_cast<const uint16_t*>(from), count, stored.dims, buffer, row);
+  else
+    widen_slots(reinterpret_cast<const int8_t*>(from), count, stored.dims, buffer, row);
+  return buffer;
 }
 
 void times_scales(float* row, const Stored& stored, int64_t b, int64_t k, int64_t s,
@@ -567,8 +583,8 @@ void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* r
         for (int64_t d = 0; d < part.dims; ++d) to[d] = from[d] * c.scale;
       }
   }
-  float* key_slots = scratch.take(BLOCK * widest);
-  float* value_slots = scratch.take(BLOCK * widest);
+  float* key_buffer = scratch.take(BLOCK * widest);
+  float* value_buffer = scratch.take(BLOCK * widest);
   float* columns = scratch.take(BLOCK * widest);
   float* part_scores = scratch.take(c.rows * BLOCK);
   float* scores = scratch.take(c.rows * BLOCK);
@@ -579,14 +595,16 @@ void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* r
   const int64_t end = std::min(std::min((split + 1) * SPLIT, last + 1), c.values.S);
   for (int64_t s = split * SPLIT; s < end; s += BLOCK) {
     const int64_t count = std::min<int64_t>(BLOCK, end - s);
-    read_slots(c.values, b, k, s, count, value_slots, c.v_row);
+    Ahead next_keys, next_values;
+    const float* values = read_slots(c.values, b, k, s, count, value_buffer, c.v_row, &next_values);
     for (size_t part = 0; part < c.keys.size(); ++part) {
       const Stored& key = c.keys[part];
       const int64_t row = padded(key.dims);
       // MLA's latent is key and value at once.
-      float* slots = key.data == c.values.data ? value_slots : key_slots;
-      if (slots == key_slots) read_slots(key, b, k, s, count, slots, row);
-      transpose(slots, row, row, columns);
+      const float* slots = key.data == c.values.data
+                               ? values
+                               : read_slots(key, b, k, s, count, key_buffer, row, &next_keys);
+      transpose(slots, row, row, columns, &next_keys, &next_values);
       const bool scaled = key.scales != nullptr;
       float* into = scaled ? part_scores : scores;
       matmul(!scaled && part > 0, c.rows, key.dims, BLOCK, {rows[part], row, 1}, columns, BLOCK,
@@ -611,7 +629,7 @@ void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* r
       shrink_row(mixed + r * c.v_row, c.v_row, running[r].take(row, BLOCK));
       if (c.values.scales) times_scales(row, c.values, b, k, s, count);
     }
-    matmul(true, c.rows, count, c.v_row, {scores, BLOCK, 1}, value_slots, c.v_row, mixed, c.v_row);
+    matmul(true, c.rows, count, c.v_row, {scores, BLOCK, 1}, values, c.v_row, mixed, c.v_row);
   }
 }
 

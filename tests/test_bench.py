@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import harness
+from bench import decode_growth, harness
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,3 +53,16 @@ def test_decode_growth_measures_each_context(tmp_path):
   per_token = 4 * (32 + 4 + 32 + 4)  # layers x int8 latent and rotary key, each with its scale
   assert long['cache_bytes'] - short['cache_bytes'] == 2 * (256 - 64) * per_token
   assert all(row['ms_per_token'] > 0 for row in written['rows'])
+
+
+def test_bytes_handed_over_count_each_array_once_a_call():
+  call = (
+    '%out.{n} = f32[2,1,4,8] custom-call(%query, %latent, %none, %rope, %none, /*index=5*/%latent, '
+    '%positions), custom_call_target="mla_cached_forward", operand_layout_constraints={{'
+    'f32[2,1,4,8]{{3,2,1,0}}, bf16[2,100,8]{{2,1,0}}, f32[2,0]{{1,0}}, bf16[2,100,4]{{2,1,0}}, '
+    'f32[2,0]{{1,0}}, bf16[2,100,8]{{2,1,0}}, s32[2,1]{{1,0}}}}, api_version=API_VERSION_TYPED_FFI'
+  )
+  other = '%x = f32[9] custom-call(%y), custom_call_target="mla_append"'
+  program = '\n'.join([call.format(n=1), other, call.format(n=2)])
+  each = 4 * 64 + 2 * 1600 + 2 * 800 + 4 * 2
+  assert decode_growth.bytes_handed_over(program) == 2 * each

@@ -94,6 +94,15 @@ def test_large_scores_do_not_overflow(path):
   assert np.all(np.isfinite(out))
 
 
+@pytest.mark.parametrize('bad', [jnp.nan, jnp.inf])
+def test_what_is_not_finite_is_not_hidden(path, bad):
+  # Or training would go on with a loss that looks well.
+  q, k, v, _ = inputs(20, 2, 2)
+  out = causal_attention([q.at[0, 7, 1, 0].set(bad)], [k], v, scale=1.0)
+  assert np.all(np.isnan(out[0, 7, 1]))
+  assert np.all(np.isfinite(out[1]))
+
+
 def test_bfloat16_keeps_its_softmax_in_float32(path):
   # 600 equal weights: a bfloat16 sum would stick at 256.
   k = jnp.zeros((1, 600, 1, 8), jnp.bfloat16)
