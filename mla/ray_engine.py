@@ -29,6 +29,10 @@ from mla.trials import Trial
 
 RESTARTS = 5  # of one trial, before it counts as failed
 
+# A worker trains on a thread that is not its first. glibc gives such a thread an arena of its own,
+# which maps and unmaps blocks above 64 MB each time, whatever cpu.keep_freed_memory says by then.
+RUNTIME_ENV = {'env_vars': {'MALLOC_ARENA_MAX': '1'}}
+
 
 class Slice(NamedTuple):
   """A TPU slice of several hosts, by Ray's names."""
@@ -50,10 +54,10 @@ def make_engine(
 ) -> Engine:
   """An engine on the cluster at `address`, or on one of its own on this machine if None.
 
-  `resources` is what a trial holds, by Ray's names: {'cpu': 2}, {'cpu': 4, 'gpu': 1}. On CPUs a
-  trial computes on as many devices as it holds CPUs. With a slice, a trial trains on all hosts of
-  one, as one program, and `resources` is what it holds of each, {'TPU': 4}; it is then read through
-  its cache on one host's CPUs. Raises UserError where Ray is not installed.
+  `resources` is what a trial holds, by Ray's names: {'cpu': 2}, {'cpu': 4, 'gpu': 1}. A
+  trial that holds only CPUs computes with as many threads. With a slice, a trial trains on all
+  hosts of one, as one program, and `resources` is what it holds of each, {'TPU': 4}; it is then
+  read through its cache on one host's CPUs. Raises UserError where Ray is not installed.
   """
   os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')  # nothing is sent home
   os.environ.setdefault('RAY_CHDIR_TO_TRIAL_DIR', '0')  # a config's relative paths stay good
@@ -128,12 +132,14 @@ def _connect(address: str | None) -> None:
   try:
     if address is None:
       # 'local', as None joins whatever cluster the environment, or one that died, points to
-      ray.init(address='local', include_dashboard=False, log_to_driver=False)
+      ray.init(
+        address='local', include_dashboard=False, log_to_driver=False, runtime_env=RUNTIME_ENV
+      )
     else:
       host, _, port = address.rpartition(':')
       if port.isdigit() and '://' not in address:  # Ray itself would try for minutes
         socket.create_connection((host, int(port)), timeout=5).close()
-      ray.init(address=address, log_to_driver=False)
+      ray.init(address=address, log_to_driver=False, runtime_env=RUNTIME_ENV)
   except (OSError, ValueError, RuntimeError) as error:
     reason = str(error).splitlines()[0][:200]
     raise UserError(f'--address={address}: no Ray cluster answers there ({reason})') from error

@@ -1,6 +1,7 @@
 """The Ray engine gives the losses of the local one, even if a worker and a node die on the way."""
 
 import json
+import platform
 import re
 import signal
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import test_sweep
+
+from mla import ray_engine
 
 ray = pytest.importorskip('ray')
 Cluster = pytest.importorskip('ray.cluster_utils').Cluster
@@ -34,6 +37,40 @@ def test_both_engines_give_the_same_losses(text, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
   assert len(test_sweep.losses(tmp_path / 'ray')) == 4
   assert test_sweep.losses(tmp_path / 'ray') == test_sweep.losses(tmp_path / 'local')
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason="the allocator is glibc's")
+def test_a_worker_keeps_freed_memory():
+  def faults_of_a_second_block() -> int:
+    """Page faults while malloc's second block of 100 MB is written, the first one freed."""
+    import ctypes
+    import resource
+
+    from mla import cpu
+
+    cpu.keep_freed_memory()
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    size = ctypes.c_size_t(100 * 2**20)
+    before = 0
+    for _ in range(2):
+      before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+      block = ctypes.c_void_p(libc.malloc(size))
+      libc.memset(block, 1, size)
+      libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+  def on_a_thread() -> int:  # where Tune runs a trial
+    import concurrent.futures
+
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+      return threads.submit(faults_of_a_second_block).result()
+
+  ray_engine._connect(None)
+  try:
+    assert ray.get(ray.remote(on_a_thread).remote()) < 1000  # new memory would cost 25,600
+  finally:
+    ray.shutdown()
 
 
 STORE = {'object_store_memory': 80 * 2**20}
