@@ -57,7 +57,8 @@ def main() -> int:
     raise UserError(f'--reference={REFERENCE.value}: no such arm; choose one of {sorted(names)}')
   if not MARGIN.value >= 0:
     raise UserError(f'--margin={MARGIN.value}: must be 0 or positive')
-  cpu.use_cores(math.gcd(*(t.config.batch_size // t.config.accumulation_steps for t in todo)))
+  rows = math.gcd(*(t.config.batch_size // t.config.accumulation_steps for t in todo))
+  cpu.use_cores(rows, mesh=CONFIG.value.mesh.to_dict())
   cpu.keep_freed_memory()
   folder = Path(WORKDIR.value)
   engine = make_engine()

@@ -22,7 +22,8 @@ def main() -> int:
   if CONFIG.value is None:
     raise UserError('--config: which? e.g. --config=configs/mla_small.py')
   config.validate(CONFIG.value)  # the next line counts on it
-  cpu.use_cores(CONFIG.value.batch_size // CONFIG.value.accumulation_steps)
+  rows = CONFIG.value.batch_size // CONFIG.value.accumulation_steps
+  cpu.use_cores(rows, mesh=CONFIG.value.mesh.to_dict())
   cpu.keep_freed_memory()
   workdir = Path(WORKDIR.value or Path('runs') / cli.config_name())
   if not train_and_evaluate(CONFIG.value, workdir):

@@ -174,11 +174,12 @@ def _work(point: dict, *, todo: list[Trial], folder: Path, rows: int, cores: int
 
   from mla import cli
 
-  cpu.use_cores(rows, cores)
+  trial = todo[point['index']]
+  cpu.use_cores(rows, cores, trial.config.mesh.to_dict())
   cpu.keep_freed_memory()
   cli.log_plainly()
   cli.use_compilation_cache()
-  tune.report({'line': json.dumps(run_trial(todo[point['index']], folder))})
+  tune.report({'line': json.dumps(run_trial(trial, folder))})
 
 
 def _work_on_slice(

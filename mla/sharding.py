@@ -31,7 +31,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
   if math.prod(shape.values()) != available:
     wanted = ' x '.join(f'{axis}={size}' for axis, size in sizes.items())
     raise UserError(
-      f'mesh: {wanted} does not make the {available} devices there are; change mesh.*'
+      f'mesh: {wanted} is not {available}, the number of devices there are; change mesh.*'
     )
   axes = ('data', 'fsdp', 'tensor')
   return jax.make_mesh(

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from mla import cpu
+
 FAULTS = """
 import resource, jax, jax.numpy as jnp
 from mla import cpu
@@ -35,9 +37,23 @@ def test_kept_memory_is_not_faulted_in_again():
   assert kept < usual / 10
 
 
+def devices(call: str) -> int:
+  return int(run(f'import jax; from mla import cpu; cpu.{call}; print(jax.device_count())'))
+
+
 @pytest.mark.parametrize('rows', [1, 16])
 def test_devices_divide_the_rows(rows):
-  code = f'import jax; from mla import cpu; cpu.use_cores({rows}); print(jax.device_count())'
-  devices = int(run(code))
-  assert rows % devices == 0
-  assert rows > 1 or devices == 1
+  there = devices(f'use_cores({rows})')
+  assert rows % there == 0
+  assert rows > 1 or there == 1
+
+
+@pytest.mark.skipif(cpu.core_count() < 2, reason='one core')
+@pytest.mark.parametrize('mesh', [{'data': 2, 'tensor': 1}, {'data': -1, 'tensor': 2}])
+def test_a_mesh_of_two_finds_two_devices(mesh):
+  assert devices(f'use_cores(2, mesh={mesh})') == 2
+
+
+def test_a_mesh_beyond_the_cores_gets_no_devices_of_its_own():
+  mesh = {'data': cpu.core_count() + 1}
+  assert devices(f'use_cores(1, mesh={mesh})') == 1
