@@ -2,6 +2,7 @@
 
 import importlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
+from bench import harness
 from mla import sharding
 from mla.cache import Cache
 from mla.model import Decoder, allocate_cache, decode
 
-STEPS, REPEATS = 16, 3  # tokens a measurement, measurements (and one before them, not counted)
+STEPS, REPEATS = 16, 5  # tokens a measurement, measurements (and one before them, not counted)
 SLOTS = STEPS * (REPEATS + 1)  # what they need in the cache
 
 
@@ -49,9 +51,13 @@ def noise_cache(model: Decoder, batch: int, context: int, dtype: str) -> Cache:
 
 
 def time_generation(
-  model: Decoder, cache: Cache, token: Int[Array, ' B']
-) -> tuple[dict[str, float], list[np.ndarray]]:
-  """(figures, each measurement's tokens [B, STEPS]); the best measurement counts."""
+  model: Decoder, starts: list[tuple[Cache, Int[Array, ' B']]]
+) -> list[tuple[dict[str, float], list[np.ndarray]]]:
+  """For each (cache, first token): figures, and the tokens [B, STEPS] of each measurement.
+
+  The starts take turns, so that a machine whose speed drifts is as fast for all of them; the best
+  measurement of each counts. `read_ms` is the same for a plain read of as many bytes by all cores.
+  """
 
   def generate(model: Decoder, cache: Cache, token: Array):
     def step(carry, _):
@@ -62,23 +68,39 @@ def time_generation(
     (cache, token), tokens = jax.lax.scan(step, (cache, token), length=STEPS)
     return cache, token, tokens.T
 
-  began = time.perf_counter()
-  kept = jax.tree.map(
-    lambda array: array.sharding, (cache, token)
-  )  # so that it can be called again
-  jitted = jax.jit(generate, donate_argnums=1, out_shardings=(*kept, None))
-  loop = jitted.lower(model, cache, token).compile()
-  compiling = time.perf_counter() - began
-  cache_bytes, times, generated = cache.nbytes(), [], []
-  for _ in range(REPEATS + 1):
+  loops, sizes = [], [cache.nbytes() for cache, _ in starts]
+  figures: list[dict[str, float]] = []
+  for state in starts:
     began = time.perf_counter()
-    cache, token, tokens = loop(model, cache, token)
-    token.block_until_ready()
-    times.append((time.perf_counter() - began) / STEPS)
-    generated.append(np.asarray(tokens))
-  figures = {
-    'ms_per_token': 1e3 * min(times[1:]),
-    'compile_seconds': compiling,
-    'cache_bytes': cache_bytes,
-  }
-  return figures, generated
+    kept = jax.tree.map(lambda array: array.sharding, state)  # so that it can be called again
+    jitted = jax.jit(generate, donate_argnums=1, out_shardings=(*kept, None))
+    loops.append(jitted.lower(model, *state).compile())
+    figures.append({'compile_seconds': time.perf_counter() - began})
+
+  states = list(starts)
+  times: list[list[float]] = [[] for _ in starts]
+  reads: list[list[float]] = [[] for _ in starts]
+  generated: list[list[np.ndarray]] = [[] for _ in starts]
+  for _ in range(REPEATS + 1):
+    for i, loop in enumerate(loops):
+      began = time.perf_counter()
+      cache, token, tokens = loop(model, *states[i])
+      token.block_until_ready()
+      times[i].append((time.perf_counter() - began) / STEPS)
+      states[i] = cache, token
+      generated[i].append(np.asarray(tokens))
+      reads[i].append(time_to_read(sizes[i]))
+  for i, of in enumerate(figures):
+    best = {'ms_per_token': 1e3 * min(times[i][1:]), 'read_ms': 1e3 * min(reads[i][1:])}
+    of |= {**best, 'cache_bytes': sizes[i]}
+  return list(zip(figures, generated, strict=True))
+
+
+def time_to_read(size: int) -> float:
+  """Seconds in which all cores together read `size` bytes of memory, read just before as well."""
+  parts = np.array_split(np.ones(size // 4, np.int32), harness.cores())
+  with ThreadPoolExecutor(len(parts)) as threads:
+    list(threads.map(np.max, parts))
+    began = time.perf_counter()
+    list(threads.map(np.max, parts))
+    return time.perf_counter() - began
