@@ -52,7 +52,7 @@ def test_decode_growth_measures_each_context(tmp_path):
   short, long = written['rows']
   per_token = 4 * (32 + 4 + 32 + 4)  # layers x int8 latent and rotary key, each with its scale
   assert long['cache_bytes'] - short['cache_bytes'] == 2 * (256 - 64) * per_token
-  assert all(row['ms_per_token'] > 0 for row in written['rows'])
+  assert all(row['ms_per_token'] > 0 and row['read_ms'] > 0 for row in written['rows'])
 
 
 def test_bytes_handed_over_count_each_array_once_a_call():
