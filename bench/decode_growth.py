@@ -7,7 +7,7 @@ The caches are filled with noise, for a step's time does not depend on what it r
 take turns. `read` is a plain read of as many bytes: it grows faster than they do where the smaller
 cache fits the processor's own caches and the larger does not. `bytes accessed` are of the compiled
 step on one device: XLA's count, which leaves out what C++ reads, and the arrays that the program
-hands to mla/native.cc's cached attention, which goes through each once. There is no peer;
+hands to mla/native's cached attention, which goes through each once. There is no peer;
 bench.decode has one.
 """
 
@@ -60,7 +60,7 @@ BYTES = {'f32': 4, 'bf16': 2, 's8': 1, 's32': 4}
 
 
 def bytes_handed_over(program: str) -> int:
-  """Bytes of all arrays given to native.cc's cached attention, each once a call."""
+  """Bytes of all arrays given to mla/native's cached attention, each once a call."""
   total = 0
   for call in re.findall(r'custom-call\(.*"mla_cached_forward".*', program):
     names = re.sub(r'/\*.*?\*/', '', call[call.index('(') + 1 : call.index(')')]).split(', ')

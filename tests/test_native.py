@@ -1,4 +1,4 @@
-"""What is native.cc's own: reading a cache in pieces, writing to it, and doing without it."""
+"""What is the C++ part's own: reading a cache in pieces, writing to it, and doing without it."""
 
 import subprocess
 import sys

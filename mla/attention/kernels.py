@@ -2,7 +2,7 @@
 
 Both take grouped heads without repeating keys or values, key and value heads of different sizes,
 scores that are the sum over several parts of queries and keys, and keep the softmax in float32. On
-a CPU both run in C++ (native.py), elsewhere as XLA operations.
+a CPU both run in C++ (native/), elsewhere as XLA operations.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Attention and its cache on CPU cores in C++ (native.cc), called through XLA's FFI.
+"""Attention and its cache on CPU cores in C++ (causal.cc, cached.cc), called through XLA's FFI.
 
 Built at first use by the system's C++ compiler, for this machine's processor, and kept in
 ~/.cache/mla-lab/native. Without a compiler, or on another backend, usable() is False, and
@@ -30,7 +30,8 @@ from mla import sharding
 Held = tuple[Array, Array | None]
 """A cache.Stored: values [B, K, S, dims], and scales [B, K, S] where they are int8."""
 
-SOURCE = Path(__file__).with_name('native.cc')
+SOURCES = sorted(Path(__file__).parent.glob('*.cc'))
+HEADERS = sorted(Path(__file__).parent.glob('*.h'))
 LIBRARIES = Path('~/.cache/mla-lab/native')
 FLAGS = '-std=c++17 -O3 -march=native -fno-math-errno -shared -fPIC'.split()
 TARGETS = ('mla_causal_forward', 'mla_causal_backward', 'mla_cached_forward', 'mla_append')
@@ -38,7 +39,7 @@ TARGETS = ('mla_causal_forward', 'mla_causal_backward', 'mla_cached_forward', 'm
 
 @functools.cache
 def usable() -> bool:
-  """Whether programs traced here can call native.cc: on a CPU, where it could be built."""
+  """Whether programs traced here can call what is built here: on a CPU, where it could be."""
   if jax.default_backend() != 'cpu':
     return False
   if not load():
@@ -52,7 +53,7 @@ def usable() -> bool:
 
 @functools.cache
 def load() -> bool:
-  """Builds and registers native.cc, once; False where that cannot be. Starts no JAX backend."""
+  """Builds and registers the C++ part, once; False where that cannot be. Starts no JAX backend."""
   global _failure
   try:
     library = ctypes.CDLL(str(_build()))
@@ -69,12 +70,13 @@ _failure = ''  # why load() returned False
 
 
 def _build() -> Path:
-  """The shared library of this source, compiler and processor; compiled unless it is there."""
+  """The shared library of these sources, compiler and processor; compiled unless it is there."""
   compiler = shutil.which(os.environ.get('CXX', 'c++'))
   if compiler is None:
     raise OSError('no C++ compiler is on the PATH')
   command = [compiler, *FLAGS, f'-isystem{jax.ffi.include_dir()}']
-  identity = [*command, jax.__version__, _processor(), _version(compiler), SOURCE.read_text()]
+  sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
+  identity = [*command, jax.__version__, _processor(), _version(compiler), *sources]
   name = hashlib.sha256('\n'.join(identity).encode()).hexdigest()[:20]
   library = LIBRARIES.expanduser() / f'{name}.so'
   if not library.exists():
@@ -83,7 +85,10 @@ def _build() -> Path:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
       made = Path(folder) / library.name
       subprocess.run(
-        [*command, str(SOURCE), '-o', str(made)], check=True, capture_output=True, text=True
+        [*command, *map(str, SOURCES), '-o', str(made)],
+        check=True,
+        capture_output=True,
+        text=True,
       )
       made.replace(library)
   return library

@@ -1,0 +1,127 @@
+// What attention over a block and attention through a cache share: tasks on XLA's threads, their
+// memory, where a head's tokens lie, and a softmax that goes on from block to block. Letters are the
+// house's (B T S H K G V; n: a key's dims).
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "matrices.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+// run(0) .. run(tasks - 1), on this thread and on those of XLA's pool that are free. This thread waits
+// for nothing but tasks already begun, so it is safe on a pool whose threads all wait like this.
+template <typename Run>
+void parallel(ffi::ThreadPool pool, int64_t tasks, const Run& run) {
+  struct Shared {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto shared = std::make_shared<Shared>();
+  auto work = [shared, tasks, &run] {
+    for (int64_t task; (task = shared->next++) < tasks; ++shared->done) run(task);
+  };
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), tasks) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(work));
+  work();
+  while (shared->done < tasks) std::this_thread::yield();
+}
+
+// Memory for one task, not zeroed, each piece on a cache line of its own. A thread keeps what it has
+// needed: the task after the next asks for the same pieces.
+class Scratch {
+ public:
+  float* take(int64_t floats) {
+    if (next_ == kept().size()) kept().emplace_back();
+    Piece& piece = kept()[next_++];
+    if (piece.floats < floats) {
+      const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
+      piece = {floats, {static_cast<float*>(std::aligned_alloc(64, bytes)), &std::free}};
+    }
+    return piece.memory.get();
+  }
+
+ private:
+  struct Piece {
+    int64_t floats = 0;
+    std::unique_ptr<float, decltype(&std::free)> memory{nullptr, &std::free};
+  };
+  static std::vector<Piece>& kept() {
+    thread_local std::vector<Piece> pieces;
+    return pieces;
+  }
+  size_t next_ = 0;
+};
+
+struct Heads {  // [B, T, heads, dims]
+  float* data;
+  int64_t T, heads, dims;
+  float* at(int64_t b, int64_t t, int64_t h) const {
+    return data + ((b * T + t) * heads + h) * dims;
+  }
+};
+
+Heads heads_of(ffi::AnyBuffer buffer) {
+  const auto shape = buffer.dimensions();
+  return {reinterpret_cast<float*>(buffer.untyped_data()), shape[1], shape[2], shape[3]};
+}
+
+using Parts = std::vector<Heads>;
+
+// Rows of `row` floats times `scale` to tokens t .. t + count of one head, its parts side by side.
+void scatter(const float* in, int64_t row, float scale, const Parts& parts, int64_t b, int64_t t,
+             int64_t count, int64_t h) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float* from = in + i * row;
+    for (const Heads& part : parts) {
+      float* to = part.at(b, t + i, h);
+      for (int64_t d = 0; d < part.dims; ++d) to[d] = from[d] * scale;
+      from += part.dims;
+    }
+  }
+}
+
+// Running softmax of one row: `scores` become weights relative to the largest seen so far.
+struct Running {
+  float largest = NONE, total = 0;
+  float take(float* scores, int64_t cols) {  // returns by what all before shrinks
+    Vec tops = all(largest);
+    for (int64_t s = 0; s < cols; s += LANES) tops = larger(tops, load(scores + s));
+    const float now = top(tops), shrink = largest == now ? 1.f : std::exp(largest - now);
+    Vec sums{};
+    for (int64_t s = 0; s < cols; s += LANES) {
+      const Vec weight = exponential(load(scores + s) - now);
+      store(scores + s, weight);
+      sums += weight;
+    }
+    total = total * shrink + sum(sums);
+    largest = now;
+    return shrink;
+  }
+};
+
+void shrink_row(float* row, int64_t dims, float by) {
+  if (by == 1.f) return;
+  for (int64_t d = 0; d < dims; d += LANES) store(row + d, load(row + d) * by);
+}
+
+}  // namespace
+
+#define HANDLER(name, function)                                        \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function,                        \
+                                ffi::Ffi::Bind()                       \
+                                    .Ctx<ffi::ThreadPool>()            \
+                                    .RemainingArgs()                   \
+                                    .RemainingRets()                   \
+                                    .Attr<int64_t>("parts")            \
+                                    .Attr<float>("scale"))

@@ -1,0 +1,229 @@
+// Attention through a cache, and writing to one. XLA's CPU backend converts a bfloat16 or int8 cache in
+// memory before it reads it; here each cached element is read once, in the dtype in which it lies.
+#include "attention.h"
+
+namespace {
+
+constexpr int64_t SPLIT = 2048;  // cache slots one task reads
+
+struct Stored {  // values [B K, S, dims] in the cache's dtype, and for int8 scales [B K, S]
+  const uint8_t* data;
+  const float* scales;
+  ffi::DataType dtype;
+  int64_t K, S, dims;
+};
+
+Stored stored_of(ffi::AnyBuffer values, ffi::AnyBuffer scales, int64_t B) {
+  const auto shape = values.dimensions();
+  const bool scaled = values.element_type() == ffi::DataType::S8;
+  return {reinterpret_cast<const uint8_t*>(values.untyped_data()),
+          scaled ? reinterpret_cast<const float*>(scales.untyped_data()) : nullptr,
+          values.element_type(), shape[0] / B, shape[1], shape[2]};
+}
+
+inline float widen(float x) { return x; }
+inline float widen(int8_t x) { return x; }
+inline float widen(uint16_t x) {  // bfloat16 is the upper half of a float
+  const uint32_t bits = uint32_t{x} << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+template <typename Element>
+void widen_slots(const Element* __restrict from, int64_t count, int64_t dims, float* __restrict out,
+                 int64_t row) {
+  if (dims == row) {
+    for (int64_t i = 0; i < count * dims; ++i) out[i] = widen(from[i]);
+  } else {
+    std::memset(out, 0, sizeof(float) * count * row);
+    for (int64_t s = 0; s < count; ++s)
+      for (int64_t d = 0; d < dims; ++d) out[s * row + d] = widen(from[s * dims + d]);
+  }
+  std::memset(out + count * row, 0, sizeof(float) * (BLOCK - count) * row);
+}
+
+// Slots s .. s + count of one head as BLOCK rows of `row` floats, unscaled: in `buffer`, or where they
+// lie if they already are such rows. `ahead` becomes the block after it.
+const float* read_slots(const Stored& stored, int64_t b, int64_t k, int64_t s, int64_t count,
+                        float* buffer, int64_t row, Ahead* ahead) {
+  const int64_t first = ((b * stored.K + k) * stored.S + s) * stored.dims;
+  const int64_t size = stored.dtype == ffi::DataType::F32    ? 4
+                       : stored.dtype == ffi::DataType::BF16 ? 2
+                                                             : 1;
+  const uint8_t* from = stored.data + first * size;
+  const int64_t bytes = BLOCK * stored.dims * size;
+  *ahead = {from + bytes, bytes};
+  if (size == 4 && stored.dims == row && count == BLOCK) return reinterpret_cast<const float*>(from);
+  if (size == 4)
+    widen_slots(reinterpret_cast<const float*>(from), count, stored.dims, buffer, row);
+  else if (size == 2)
+    widen_slots(reinterpret_cast<const uint16_t*>(from), count, stored.dims, buffer, row);
+  else
+    widen_slots(reinterpret_cast<const int8_t*>(from), count, stored.dims, buffer, row);
+  return buffer;
+}
+
+void times_scales(float* row, const Stored& stored, int64_t b, int64_t k, int64_t s,
+                  int64_t count) {
+  const float* scales = stored.scales + (b * stored.K + k) * stored.S + s;
+  for (int64_t i = 0; i < count; ++i) row[i] *= scales[i];
+}
+
+struct Cached {
+  Parts queries;
+  std::vector<Stored> keys;
+  Stored values;
+  const int32_t* positions;  // [B, T]
+  float scale;
+  int64_t B, T, H, K, splits, v_row, rows;
+};
+
+// What the slots from split * SPLIT on give the T x G queries of one row and key head: per query its
+// softmax so far and the unnormalised mixture.
+void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* running,
+                float* mixed) {
+  Scratch scratch;
+  const int64_t group = c.H / c.K;
+  std::vector<float*> rows;
+  int64_t widest = c.v_row;
+  for (const Heads& part : c.queries) {
+    const int64_t row = padded(part.dims);
+    widest = std::max(widest, row);
+    rows.push_back(scratch.take(c.rows * row));
+    for (int64_t t = 0; t < c.T; ++t)
+      for (int64_t g = 0; g < group; ++g) {
+        const float* from = part.at(b, t, k * group + g);
+        float* to = rows.back() + (t * group + g) * row;
+        for (int64_t d = 0; d < part.dims; ++d) to[d] = from[d] * c.scale;
+      }
+  }
+  float* key_buffer = scratch.take(BLOCK * widest);
+  float* value_buffer = scratch.take(BLOCK * widest);
+  float* columns = scratch.take(BLOCK * widest);
+  float* part_scores = scratch.take(c.rows * BLOCK);
+  float* scores = scratch.take(c.rows * BLOCK);
+  std::memset(mixed, 0, sizeof(float) * c.rows * c.v_row);
+
+  const int32_t* positions = c.positions + b * c.T;
+  const int64_t last = *std::max_element(positions, positions + c.T);  // later slots are unseen
+  const int64_t end = std::min(std::min((split + 1) * SPLIT, last + 1), c.values.S);
+  for (int64_t s = split * SPLIT; s < end; s += BLOCK) {
+    const int64_t count = std::min<int64_t>(BLOCK, end - s);
+    Ahead next_keys, next_values;
+    const float* values = read_slots(c.values, b, k, s, count, value_buffer, c.v_row, &next_values);
+    for (size_t part = 0; part < c.keys.size(); ++part) {
+      const Stored& key = c.keys[part];
+      const int64_t row = padded(key.dims);
+      // MLA's latent is key and value at once.
+      const float* slots = key.data == c.values.data
+                               ? values
+                               : read_slots(key, b, k, s, count, key_buffer, row, &next_keys);
+      transpose(slots, row, row, columns, &next_keys, &next_values);
+      const bool scaled = key.scales != nullptr;
+      float* into = scaled ? part_scores : scores;
+      matmul(!scaled && part > 0, c.rows, key.dims, BLOCK, {rows[part], row, 1}, columns, BLOCK,
+             into, BLOCK);
+      if (!scaled) continue;
+      for (int64_t r = 0; r < c.rows; ++r) {
+        times_scales(into + r * BLOCK, key, b, k, s, count);
+        for (int i = 0; i < BLOCK; i += LANES) {
+          float* total = scores + r * BLOCK + i;
+          store(total, load(into + r * BLOCK + i) + (part > 0 ? load(total) : Vec{}));
+        }
+      }
+    }
+    for (int64_t r = 0; r < c.rows; ++r) {
+      float* row = scores + r * BLOCK;
+      const int64_t seen = std::clamp<int64_t>(positions[r / group] + 1 - s, 0, count);
+      for (int64_t i = seen; i < BLOCK; ++i) row[i] = NONE;
+      if (seen == 0) {  // a query earlier than this whole block
+        std::memset(row, 0, sizeof(float) * BLOCK);
+        continue;
+      }
+      shrink_row(mixed + r * c.v_row, c.v_row, running[r].take(row, BLOCK));
+      if (c.values.scales) times_scales(row, c.values, b, k, s, count);
+    }
+    matmul(true, c.rows, count, c.v_row, {scores, BLOCK, 1}, values, c.v_row, mixed, c.v_row);
+  }
+}
+
+// Arguments: queries, then per key its values and scales, then those of the values, then positions.
+ffi::Error cached_forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                          int64_t parts, float scale) {
+  Cached c;
+  c.scale = scale;
+  const auto arg = [&](int64_t i) { return *args.get<ffi::AnyBuffer>(i); };
+  c.B = arg(0).dimensions()[0];
+  for (int64_t i = 0; i < parts; ++i) {
+    c.queries.push_back(heads_of(arg(i)));
+    c.keys.push_back(stored_of(arg(parts + 2 * i), arg(parts + 2 * i + 1), c.B));
+  }
+  c.values = stored_of(arg(3 * parts), arg(3 * parts + 1), c.B);
+  c.positions = reinterpret_cast<const int32_t*>(arg(3 * parts + 2).untyped_data());
+  c.T = c.queries[0].T, c.H = c.queries[0].heads, c.K = c.values.K;
+  c.splits = (c.values.S + SPLIT - 1) / SPLIT;
+  c.v_row = padded(c.values.dims), c.rows = c.T * c.H / c.K;
+
+  std::vector<Running> running(c.B * c.K * c.splits * c.rows);
+  std::vector<float> mixed(running.size() * c.v_row);
+  parallel(pool, c.B * c.K * c.splits, [&](int64_t task) {
+    read_split(c, task / c.splits / c.K, task / c.splits % c.K, task % c.splits,
+               &running[task * c.rows], &mixed[task * c.rows * c.v_row]);
+  });
+  // The splits of a query joined: always in one order, so that a result does not depend on the threads.
+  const Heads out = heads_of(**rets.get<ffi::AnyBuffer>(0));
+  const int64_t group = c.H / c.K;
+  std::vector<float> joined(c.v_row);
+  for (int64_t b = 0; b < c.B; ++b)
+    for (int64_t k = 0; k < c.K; ++k)
+      for (int64_t r = 0; r < c.rows; ++r) {
+        const int64_t first = (b * c.K + k) * c.splits * c.rows + r;
+        float largest = NONE, total = 0;
+        for (int64_t i = 0; i < c.splits; ++i)
+          largest = std::max(largest, running[first + i * c.rows].largest);
+        std::fill(joined.begin(), joined.end(), 0.f);
+        for (int64_t i = 0; i < c.splits; ++i) {
+          const Running& part = running[first + i * c.rows];
+          const float share = std::exp(part.largest - largest);
+          total += part.total * share;
+          const float* from = &mixed[(first + i * c.rows) * c.v_row];
+          for (int64_t d = 0; d < c.v_row; ++d) joined[d] += from[d] * share;
+        }
+        scatter(joined.data(), c.v_row, 1 / total, {out}, b, r / group, 1, k * group + r % group);
+      }
+  return ffi::Error::Success();
+}
+
+// Arguments: an array [B, ..., S, slot] and new slots [B, ..., T, slot] of its dtype, and starts [B];
+// the result is the first with each row's new slots from starts[b] on, in the same memory.
+ffi::Error append(ffi::AnyBuffer into, ffi::AnyBuffer fresh, ffi::AnyBuffer starts,
+                  ffi::Result<ffi::AnyBuffer> out, int64_t slots, int64_t count,
+                  int64_t slot_bytes) {
+  uint8_t* to = reinterpret_cast<uint8_t*>(out->untyped_data());
+  const uint8_t* from = reinterpret_cast<const uint8_t*>(fresh.untyped_data());
+  const int32_t* first = reinterpret_cast<const int32_t*>(starts.untyped_data());
+  if (to != into.untyped_data()) std::memcpy(to, into.untyped_data(), into.size_bytes());
+  const int64_t rows = into.dimensions()[0];
+  const int64_t heads = rows == 0 ? 0 : into.size_bytes() / (rows * slots * slot_bytes);
+  for (int64_t b = 0; b < rows; ++b) {
+    const int64_t start = std::clamp<int64_t>(first[b], 0, slots - count);
+    for (int64_t h = b * heads; h < (b + 1) * heads; ++h)
+      std::memcpy(to + (h * slots + start) * slot_bytes, from + h * count * slot_bytes,
+                  count * slot_bytes);
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+HANDLER(mla_cached_forward, cached_forward);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_append, append,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("slots")
+                                  .Attr<int64_t>("count")
+                                  .Attr<int64_t>("slot_bytes"));

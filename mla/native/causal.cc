@@ -1,0 +1,215 @@
+// Causal attention and its gradient. XLA's CPU backend runs softmax(Q K^T) V as separate programs over
+// small matrices; here a block of scores never leaves a core's first caches.
+#include "attention.h"
+
+namespace {
+
+constexpr int STRIP = 16;  // queries that see as many keys, in a block on the diagonal
+
+int64_t dims_of(const Parts& parts) {
+  int64_t dims = 0;
+  for (const Heads& part : parts) dims += part.dims;
+  return dims;
+}
+
+// Tokens t .. t + count of one head, its parts side by side, times `scale`: rows of `row` floats, what
+// is left of a row and of BLOCK rows zero.
+void gather(const Parts& parts, int64_t b, int64_t t, int64_t count, int64_t h, int64_t heads,
+            float scale, float* out, int64_t row) {
+  if (count < BLOCK || dims_of(parts) < row) std::memset(out, 0, sizeof(float) * row * BLOCK);
+  for (int64_t i = 0; i < count; ++i) {
+    float* to = out + i * row;
+    for (const Heads& part : parts) {  // a part may have fewer heads, each for several
+      const float* from = part.at(b, t + i, h * part.heads / heads);
+      for (int64_t d = 0; d < part.dims; ++d) to[d] = from[d] * scale;
+      to += part.dims;
+    }
+  }
+}
+
+// The block of scores of queries i and keys j <= i, in strips of rows that see the first `keys` of its
+// columns: one strip, or on the diagonal, where later keys are hidden, several.
+template <typename Run>  // run(first row, rows, keys)
+void visit_strips(bool diagonal, int64_t count, const Run& run) {
+  if (!diagonal) return run(0, count, BLOCK);
+  for (int64_t row = 0; row < count; row += STRIP)
+    run(row, std::min<int64_t>(STRIP, count - row), row + STRIP);
+}
+
+inline void hide_later(float* scores, int64_t row, int64_t keys) {  // on the diagonal
+  for (int64_t s = row + 1; s < keys; ++s) scores[s] = NONE;
+}
+
+struct Causal {
+  Parts queries, keys;
+  Heads values;
+  float scale;
+  int64_t B, T, H, K, n, n_row, v_row, blocks;
+
+  Causal(ffi::RemainingArgs& args, int64_t parts, float scale) : scale(scale) {
+    for (int64_t i = 0; i < parts; ++i) queries.push_back(heads_of(*args.get<ffi::AnyBuffer>(i)));
+    for (int64_t i = 0; i < parts; ++i)
+      keys.push_back(heads_of(*args.get<ffi::AnyBuffer>(parts + i)));
+    values = heads_of(*args.get<ffi::AnyBuffer>(2 * parts));
+    B = (*args.get<ffi::AnyBuffer>(0)).dimensions()[0];
+    T = values.T, H = queries[0].heads, K = values.heads, n = dims_of(queries);
+    n_row = padded(n), v_row = padded(values.dims), blocks = (T + BLOCK - 1) / BLOCK;
+  }
+  int64_t count(int64_t block) const { return std::min<int64_t>(BLOCK, T - block * BLOCK); }
+};
+
+void forward_of_head(const Causal& c, int64_t b, int64_t k, Heads out, float* log_sums) {
+  Scratch scratch;
+  float* columns = scratch.take(c.blocks * c.n_row * BLOCK);  // keys, transposed block by block
+  float* values = scratch.take(c.blocks * BLOCK * c.v_row);
+  float* rows = scratch.take(BLOCK * std::max(c.n_row, c.v_row));
+  float* scores = scratch.take(BLOCK * BLOCK);
+  float* mixed = scratch.take(BLOCK * c.v_row);
+  for (int64_t j = 0; j < c.blocks; ++j) {
+    gather(c.keys, b, j * BLOCK, c.count(j), k, c.K, 1, rows, c.n_row);
+    transpose(rows, c.n_row, c.n_row, columns + j * c.n_row * BLOCK);
+    gather({c.values}, b, j * BLOCK, c.count(j), k, c.K, 1, values + j * BLOCK * c.v_row, c.v_row);
+  }
+  const int64_t group = c.H / c.K;
+  for (int64_t h = k * group; h < (k + 1) * group; ++h)
+    for (int64_t i = 0; i < c.blocks; ++i) {
+      const int64_t count = c.count(i);
+      Running running[BLOCK];
+      gather(c.queries, b, i * BLOCK, count, h, c.H, c.scale, rows, c.n_row);
+      std::memset(mixed, 0, sizeof(float) * BLOCK * c.v_row);
+      for (int64_t j = 0; j <= i; ++j) {
+        visit_strips(j == i, count, [&](int64_t first, int64_t height, int64_t seen) {
+          matmul(false, height, c.n, seen, {rows + first * c.n_row, c.n_row, 1},
+                 columns + j * c.n_row * BLOCK, BLOCK, scores, BLOCK);
+          for (int64_t r = first; r < first + height; ++r) {
+            float* row = scores + (r - first) * BLOCK;
+            if (j == i) hide_later(row, r, seen);
+            shrink_row(mixed + r * c.v_row, c.v_row, running[r].take(row, seen));
+          }
+          matmul(true, height, seen, c.v_row, {scores, BLOCK, 1}, values + j * BLOCK * c.v_row,
+                 c.v_row, mixed + first * c.v_row, c.v_row);
+        });
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        scatter(mixed + r * c.v_row, c.v_row, 1 / running[r].total, {out}, b, i * BLOCK + r, 1, h);
+        log_sums[(b * c.H + h) * c.T + i * BLOCK + r] =
+            running[r].largest + std::log(running[r].total);
+      }
+    }
+}
+
+ffi::Error causal_forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                          int64_t parts, float scale) {
+  const Causal c(args, parts, scale);
+  const Heads out = heads_of(**rets.get<ffi::AnyBuffer>(0));
+  float* log_sums = reinterpret_cast<float*>((**rets.get<ffi::AnyBuffer>(1)).untyped_data());
+  parallel(pool, c.B * c.K,
+           [&](int64_t task) { forward_of_head(c, task / c.K, task % c.K, out, log_sums); });
+  return ffi::Error::Success();
+}
+
+// Gradients of queries, and of keys and values per key head.
+struct Gradients {
+  Parts queries, keys;
+  Heads values;
+};
+
+void backward_of_head(const Causal& c, int64_t b, int64_t k, Heads out, const float* log_sums,
+                      Heads d_out, const Gradients& to) {
+  Scratch scratch;
+  float* keys = scratch.take(c.blocks * BLOCK * c.n_row);
+  float* columns = scratch.take(c.blocks * c.n_row * BLOCK);        // keys, transposed
+  float* value_columns = scratch.take(c.blocks * c.v_row * BLOCK);  // values, transposed
+  float* d_keys = scratch.take(c.blocks * BLOCK * c.n_row);
+  float* d_values = scratch.take(c.blocks * BLOCK * c.v_row);
+  float* rows = scratch.take(BLOCK * c.n_row);
+  float* d_rows = scratch.take(BLOCK * c.v_row);
+  float* d_queries = scratch.take(BLOCK * c.n_row);
+  float* weights = scratch.take(BLOCK * BLOCK);
+  float* d_scores = scratch.take(BLOCK * BLOCK);
+  for (int64_t j = 0; j < c.blocks; ++j) {
+    float* block = keys + j * BLOCK * c.n_row;
+    gather(c.keys, b, j * BLOCK, c.count(j), k, c.K, 1, block, c.n_row);
+    transpose(block, c.n_row, c.n_row, columns + j * c.n_row * BLOCK);
+    gather({c.values}, b, j * BLOCK, c.count(j), k, c.K, 1, d_rows, c.v_row);
+    transpose(d_rows, c.v_row, c.v_row, value_columns + j * c.v_row * BLOCK);
+  }
+  std::memset(d_keys, 0, sizeof(float) * c.blocks * BLOCK * c.n_row);
+  std::memset(d_values, 0, sizeof(float) * c.blocks * BLOCK * c.v_row);
+  const int64_t group = c.H / c.K;
+  for (int64_t h = k * group; h < (k + 1) * group; ++h)
+    for (int64_t i = 0; i < c.blocks; ++i) {
+      const int64_t count = c.count(i);
+      gather(c.queries, b, i * BLOCK, count, h, c.H, c.scale, rows, c.n_row);
+      gather({d_out}, b, i * BLOCK, count, h, c.H, 1, d_rows, c.v_row);
+      // d_scores = weights * (d_weights - sum_s weights * d_weights), and that sum is <out, d_out>.
+      float means[BLOCK];
+      for (int64_t r = 0; r < count; ++r) {
+        const float* mixed = out.at(b, i * BLOCK + r, h);
+        means[r] = 0;
+        for (int64_t d = 0; d < out.dims; ++d) means[r] += mixed[d] * d_rows[r * c.v_row + d];
+      }
+      std::memset(d_queries, 0, sizeof(float) * BLOCK * c.n_row);
+      for (int64_t j = 0; j <= i; ++j) {
+        visit_strips(j == i, count, [&](int64_t first, int64_t height, int64_t seen) {
+          float* block = weights + first * BLOCK;
+          float* d_block = d_scores + first * BLOCK;
+          matmul(false, height, c.n, seen, {rows + first * c.n_row, c.n_row, 1},
+                 columns + j * c.n_row * BLOCK, BLOCK, block, BLOCK);
+          matmul(false, height, c.values.dims, seen, {d_rows + first * c.v_row, c.v_row, 1},
+                 value_columns + j * c.v_row * BLOCK, BLOCK, d_block, BLOCK);
+          for (int64_t r = first; r < first + height; ++r) {
+            float* row = weights + r * BLOCK;
+            float* d_row = d_scores + r * BLOCK;
+            if (j == i) hide_later(row, r, seen);
+            const float log_sum = log_sums[(b * c.H + h) * c.T + i * BLOCK + r];
+            for (int64_t s = 0; s < seen; s += LANES) {
+              const Vec weight = exponential(load(row + s) - log_sum);
+              store(row + s, weight);
+              store(d_row + s, weight * (load(d_row + s) - means[r]));
+            }
+          }
+          matmul(true, height, seen, c.n_row, {d_block, BLOCK, 1}, keys + j * BLOCK * c.n_row,
+                 c.n_row, d_queries + first * c.n_row, c.n_row);
+        });
+        // The same strips seen from the keys: those from `first` on are seen by the rows from there on.
+        for (int64_t first = 0, height = j == i ? STRIP : BLOCK; first < BLOCK; first += height) {
+          const int64_t from = j == i ? first : 0;
+          if (from >= count) break;
+          const int64_t corner = from * BLOCK + first;
+          matmul(true, height, count - from, c.n_row, {d_scores + corner, 1, BLOCK},
+                 rows + from * c.n_row, c.n_row, d_keys + (j * BLOCK + first) * c.n_row, c.n_row);
+          matmul(true, height, count - from, c.v_row, {weights + corner, 1, BLOCK},
+                 d_rows + from * c.v_row, c.v_row, d_values + (j * BLOCK + first) * c.v_row,
+                 c.v_row);
+        }
+      }
+      scatter(d_queries, c.n_row, c.scale, to.queries, b, i * BLOCK, count, h);
+    }
+  scatter(d_keys, c.n_row, 1, to.keys, b, 0, c.T, k);
+  scatter(d_values, c.v_row, 1, {to.values}, b, 0, c.T, k);
+}
+
+ffi::Error causal_backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                           int64_t parts, float scale) {
+  const Causal c(args, parts, scale);
+  const Heads out = heads_of(*args.get<ffi::AnyBuffer>(2 * parts + 1));
+  const float* log_sums =
+      reinterpret_cast<float*>((*args.get<ffi::AnyBuffer>(2 * parts + 2)).untyped_data());
+  const Heads d_out = heads_of(*args.get<ffi::AnyBuffer>(2 * parts + 3));
+  Gradients to;
+  for (int64_t i = 0; i < parts; ++i) {
+    to.queries.push_back(heads_of(**rets.get<ffi::AnyBuffer>(i)));
+    to.keys.push_back(heads_of(**rets.get<ffi::AnyBuffer>(parts + i)));
+  }
+  to.values = heads_of(**rets.get<ffi::AnyBuffer>(2 * parts));
+  parallel(pool, c.B * c.K, [&](int64_t task) {
+    backward_of_head(c, task / c.K, task % c.K, out, log_sums, d_out, to);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+HANDLER(mla_causal_forward, causal_forward);
+HANDLER(mla_causal_backward, causal_backward);
