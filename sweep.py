@@ -86,9 +86,13 @@ def make_engine() -> sweep.Engine:
   if RESOURCES.value:
     try:
       pairs = (part.split('=') for part in RESOURCES.value.split(','))
-      resources = {name: float(amount) for name, amount in pairs}
+      # Ray writes CPU and GPU where it tells what a cluster has, cpu and gpu where a trial asks.
+      ours = {'CPU': 'cpu', 'GPU': 'gpu'}
+      resources = {ours.get(name, name): float(amount) for name, amount in pairs}
     except ValueError as error:
       raise UserError(f'--resources={RESOURCES.value}: write NAME=NUMBER,NAME=NUMBER') from error
+    if not all(amount > 0 for amount in resources.values()):
+      raise UserError(f'--resources={RESOURCES.value}: each amount must be positive')
   if SLICE.value and not resources.get('TPU', 0) >= 1:
     raise UserError(f'--slice={SLICE.value}: how many chips has a host? e.g. --resources=TPU=4')
   slice_ = ray_engine.parse_slice(SLICE.value) if SLICE.value else None

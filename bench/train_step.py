@@ -2,10 +2,10 @@
 
 python -m bench.train_step [--rounds=3] [--variants=mha,mla] [--batch=16] [--json=FILE]
 
-One step is forward, gradient, clipping and AdamW on a batch of small-config windows. Before timing,
-the losses of both on one batch must agree to 1e-4. Compilation is reported apart. torch is run with
-sdpa, eager and compiled (sdpa under torch.compile, where there is a C++ compiler), each with and
-without keeping freed memory as ours does (mla/cpu.py); its best counts.
+One step is forward, gradient, clipping and AdamW on a batch of small-config windows. The losses
+of both sides' first steps must agree to 1e-4, or nothing is reported. Compilation is reported
+apart. torch is run with sdpa, eager and compiled (sdpa under torch.compile, where there is a C++
+compiler), each with and without keeping freed memory as ours does (mla/cpu.py); its best counts.
 """
 
 import functools

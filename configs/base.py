@@ -48,7 +48,8 @@ def get_config() -> ConfigDict:
         'files': '',  # a glob of UTF-8 text files to train on instead of `dataset`
         'validation_files': '',  # likewise; '' holds out the last tenth of each of `files`
         'tokenizer': 'bytes',  # bytes | bpe:VOCAB
-        'eval_tokens': 131_072,  # of the validation split, for the evaluations while training
+        # Of the validation split: for the evaluations while training, and for a sweep's losses.
+        'eval_tokens': 131_072,
       },
       # Devices along each axis of the mesh; -1 takes what the others leave.
       'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},

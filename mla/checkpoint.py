@@ -16,7 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from mla.errors import UserError
+from mla.errors import UserError, first_line
 
 # May change when a run goes on: where it computes and what it writes, not what it learns.
 FREE_FIELDS = (
@@ -76,7 +76,7 @@ class Checkpoints:
       except UserError:
         raise
       except Exception as error:  # whatever a broken file makes the libraries raise
-        logging.warning('checkpoint %d is damaged (%s)', step, str(error).splitlines()[0][:200])
+        logging.warning('checkpoint %d is damaged (%s)', step, first_line(error))
         self._set_aside(step)
     if steps:
       raise UserError(
@@ -147,7 +147,7 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
 
   Raises UserError if the folder holds something else, or a run that differs in a field that counts.
   """
-  path = workdir / 'config.json'
+  path, draft = workdir / 'config.json', workdir / 'config.json.tmp'
   if path.exists():
     there, here = identity(read_config(workdir)), identity(config)
     for name in sorted({*there, *here}):
@@ -157,19 +157,19 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
           'value to go on, or another --workdir'
         )
     return
-  if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+  # A draft alone is what a process killed in this function leaves.
+  if workdir.exists() and (not workdir.is_dir() or {*workdir.iterdir()} - {draft}):
     raise UserError(
       f'--workdir={workdir}: is not empty and holds no config.json of a run; choose another folder'
     )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
+    draft.write_text(json.dumps(config.to_dict(), indent=2) + '\n')
+    os.replace(draft, path)
   except OSError as error:
     raise UserError(
-      f'--workdir={workdir}: cannot be made ({error.strerror}); choose another'
+      f'--workdir={workdir}: cannot be written ({error.strerror}); choose another'
     ) from error
-  draft = workdir / 'config.json.tmp'
-  draft.write_text(json.dumps(config.to_dict(), indent=2) + '\n')
-  os.replace(draft, path)
 
 
 def read_config(workdir: Path) -> ConfigDict:

@@ -1,6 +1,7 @@
 """What the entry points share: flags, the compilation cache, and errors of one line."""
 
 import difflib
+import itertools
 import logging
 import os
 import runpy
@@ -81,6 +82,7 @@ def _check_fields(argv: list[str]) -> None:
   ml_collections takes a missing file for an empty config, and says "'nums'" of an unknown field.
   """
   given = [arg.removeprefix('--config=') for arg in argv if arg.startswith('--config=')]
+  given += [value for arg, value in itertools.pairwise(argv) if arg == '--config']
   fields = [arg for arg in argv if arg.startswith('--config.')]
   if not given:
     return

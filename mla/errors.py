@@ -1,4 +1,4 @@
-"""The one kind of error a user is expected to meet."""
+"""The kinds of error a user is expected to meet."""
 
 
 class UserError(Exception):
@@ -6,6 +6,11 @@ class UserError(Exception):
 
   The entry points print it on stderr without a traceback and exit with code 2.
   """
+
+
+def first_line(error: Exception) -> str:
+  """The start of what an exception of some library says, or its type if it says nothing."""
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class Diverged(Exception):

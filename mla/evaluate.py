@@ -37,7 +37,7 @@ from mla import model as model_lib
 from mla import sharding
 from mla.checkpoint import Checkpoints, read_config
 from mla.data.pipeline import EvalWindows, eval_windows, load_data
-from mla.errors import UserError
+from mla.errors import UserError, first_line
 
 CHUNK = 64
 BATCH = 32
@@ -120,10 +120,9 @@ def load_model(
   except UserError:
     raise
   except Exception as error:  # whatever a broken file makes the libraries raise
-    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     raise UserError(
-      f'{workdir}/checkpoints/{steps[-1]}: cannot be read ({reason}); run train.py on the same '
-      'workdir to go on from the one before'
+      f'{workdir}/checkpoints/{steps[-1]}: cannot be read ({first_line(error)}); run train.py on '
+      'the same workdir to go on from the one before'
     ) from error
   finally:
     checkpoints.close()

@@ -1,7 +1,7 @@
 """From a sweep's lines to its answer: per arm mean and interval, the frontier, the sweet spot.
 
 The learning rate of an arm is the one with the lowest mean loss on the seeds that all its rates
-have; its other seeds count only with that rate.
+have, where a failed trial counts as an infinite loss; its other seeds count only with that rate.
 """
 
 import json
@@ -22,12 +22,15 @@ WIDTH = 0.01  # nats: a half-width above it is explained in the report
 
 
 def best_learning_rates(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """{arm: learning rate} over the lines that are done."""
+  """{arm: learning rate} of the arms of which some trial is done."""
   return {arm: choose_rate(rates) for arm, rates in _losses(lines).items()}
 
 
 def choose_rate(rates: Mapping[float, stats.Sample]) -> float:
-  """The learning rate whose mean loss over the seeds that all rates have is lowest."""
+  """The learning rate whose mean loss over the seeds that all rates have is lowest.
+
+  If they share none, each rate's mean is over its own.
+  """
   shared = set.intersection(*(set(sample) for sample in rates.values()))
 
   def mean(rate: float) -> float:
@@ -38,12 +41,13 @@ def choose_rate(rates: Mapping[float, stats.Sample]) -> float:
 
 
 def _losses(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, dict[int, float]]]:
-  """{arm: {learning rate: {seed: loss}}}"""
+  """{arm: {learning rate: {seed: loss}}} of the arms of which some trial is done; failed: inf."""
   found: dict[str, dict[float, dict[int, float]]] = {}
+  done = {line['arm'] for line in lines if line['status'] == 'done'}
   for line in lines:
-    if line['status'] == 'done':
-      found.setdefault(line['arm'], {}).setdefault(line['learning_rate'], {})
-      found[line['arm']][line['learning_rate']][line['seed']] = line['loss']
+    if line['arm'] in done:
+      of_rate = found.setdefault(line['arm'], {}).setdefault(line['learning_rate'], {})
+      of_rate[line['seed']] = line['loss'] if line['status'] == 'done' else math.inf
   return found
 
 
@@ -60,7 +64,10 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
   if not rates:
     raise UserError(f'{path}: holds no trial that is done; run the sweep first')
   chosen = {arm: choose_rate(of_arm) for arm, of_arm in rates.items()}
-  losses: dict[str, stats.Sample] = {arm: rates[arm][chosen[arm]] for arm in rates}
+  losses: dict[str, stats.Sample] = {
+    arm: {seed: loss for seed, loss in rates[arm][chosen[arm]].items() if math.isfinite(loss)}
+    for arm in rates
+  }
   used = [x for x in lines if x['status'] == 'done' and x['learning_rate'] == chosen[x['arm']]]
   of = {arm: [line for line in used if line['arm'] == arm] for arm in losses}
   sizes = {arm: of[arm][0]['kv_cache_bytes_per_token'] for arm in losses}
@@ -112,12 +119,23 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
     'margin': margin,
     'cache_dtype': used[0]['cache_dtype'],
     'tokens_evaluated': used[0]['tokens_evaluated'],
+    'unlike_settings': _unlike_settings(used),
     'sweet_spot': stats.sweet_spot(losses, sizes, reference, margin)._asdict(),
     'failed': [
       {'trial': line['trial'], 'error': line['error']} for line in lines if 'error' in line
     ],
     'arms': arms,
   }
+
+
+def _unlike_settings(lines: Sequence[Mapping[str, Any]]) -> dict[str, list]:
+  """{field: values} where trials that do not set a field themselves have it from unlike configs."""
+  values: dict[str, list] = {}
+  for line in lines:
+    for name, value in line.get('settings', {}).items():
+      if value not in values.setdefault(name, []):
+        values[name].append(value)
+  return {name: of_field for name, of_field in values.items() if len(of_field) > 1}
 
 
 def write_json(summary: Mapping[str, Any], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The decoder: embed, scanned blocks, norm, logits; and the four ways to run it.
+"""The decoder: embed, blocks (scanned or unrolled), norm, logits; and the four ways to run it.
 
 forward   all tokens at once                         training, and the reference for the rest
 prefill   the same, and fills a cache                a prompt

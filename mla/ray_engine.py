@@ -14,7 +14,9 @@ import math
 import os
 import platform
 import re
+import signal
 import socket
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +25,7 @@ from ml_collections import ConfigDict
 
 from mla import cpu
 from mla.checkpoint import claim_workdir
-from mla.errors import Diverged, UserError
+from mla.errors import Diverged, UserError, first_line
 from mla.sweep import Done, Engine, Stopped, failed_line, log_of, run_trial
 from mla.trials import Trial
 
@@ -88,14 +90,20 @@ def _run(
     def on_trial_error(self, iteration, trials, trial, **_):
       ended.add(trial.config['index'])
       of = todo[trial.config['index']]
-      reason = f'its process died {RESTARTS + 1} times; see {folder}/logs/{of.name}.txt'
-      done(of, failed_line(of, reason))
+      logs = f'{folder}/logs/{of.name}.txt and {folder}/ray'
+      done(of, failed_line(of, f'its process ended {RESTARTS + 1} times; see {logs}'))
+
+  def stop(*signal_and_frame) -> None:
+    signal.raise_signal(signal.SIGINT)  # on which Tune ends quietly
 
   todo, folder = list(trials), folder.absolute()
   ended: set[int] = set()
   started = not ray.is_initialized()
   if started:
     _connect(address)
+  # After Ray's own handler, which ends the process with a code that says nothing.
+  if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGTERM, stop)
   _check_room(resources, ray.cluster_resources(), may_grow=address is not None)
   rows = math.gcd(*(t.config.batch_size // t.config.accumulation_steps for t in todo))
   common = {'todo': todo, 'folder': folder}
@@ -122,7 +130,7 @@ def _run(
   finally:
     if started:
       ray.shutdown()
-  if len(ended) < len(todo):  # Tune ends quietly on Ctrl-C
+  if len(ended) < len(todo):
     raise Stopped
 
 
@@ -141,8 +149,10 @@ def _connect(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=5).close()
       ray.init(address=address, log_to_driver=False, runtime_env=RUNTIME_ENV)
   except (OSError, ValueError, RuntimeError) as error:
-    reason = str(error).splitlines()[0][:200]
-    raise UserError(f'--address={address}: no Ray cluster answers there ({reason})') from error
+    where = f'--address={address}: no Ray cluster answers there'
+    if address is None:
+      where = "--engine=ray: Ray's own cluster does not start"
+    raise UserError(f'{where} ({first_line(error)})') from error
 
 
 def _check_room(

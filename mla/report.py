@@ -148,9 +148,15 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
       found.append(f'{arm["arm"]}: {len(tried)} learning rate tried; three or more make it fair')
     if arm['half_width'] is None:
       found.append(f'{arm["arm"]}: one seed, so no interval')
-  unlike = {name for arm in summary['arms'] for name in arm['fields'] if _moves_targets(name)}
-  for name in sorted(unlike):
-    found.append(f'{name} differs between arms, and with it what is scored: compare bits per byte')
+  for name, values in summary['unlike_settings'].items():
+    told = ', '.join(map(str, values))
+    found.append(f'{name} differs between trials that no arm sets it for: {told}')
+  swept = {name for arm in summary['arms'] for name in arm['fields'] if _moves_targets(name)}
+  for name in sorted(swept):
+    if len({str(arm['fields'].get(name)) for arm in summary['arms']}) > 1:
+      found.append(
+        f'{name} differs between arms, and with it what is scored: compare bits per byte'
+      )
   wide = [
     f'{arm["arm"]} ({arm["half_width"]:.3f}; {arm["seeds_for_width"] or "very many"} seeds)'
     for arm in summary['arms']

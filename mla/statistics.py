@@ -56,6 +56,11 @@ def upper_bound(d: Estimate) -> float:
   return d.mean + float(stats.t.ppf(0.95, d.seeds - 1)) * d.sd / math.sqrt(d.seeds)
 
 
+def lower_bound(d: Estimate) -> float:
+  """What the true mean lies above with 95 % confidence (one-sided)."""
+  return 2 * d.mean - upper_bound(d)
+
+
 def seeds_needed(d: Estimate, margin: float) -> int | None:
   """Seeds in all that would tell on which side of the margin d lies, if mean and sd stayed.
 
@@ -109,17 +114,20 @@ def sweet_spot(
 ) -> SweetSpot:
   """The smallest cache whose loss is within `margin` nats of the reference's.
 
-  Within: the one-sided 95 % upper bound of the paired difference is at most the margin. Undecided:
-  the bound is above, the two-sided interval's lower end below, and the cache is smaller than the
-  sweet spot's.
+  Within: the one-sided 95 % upper bound of the paired difference is at most the margin; not within:
+  the lower bound is above it; else undecided, if the cache is smaller than the sweet spot's. An arm
+  of the reference's bytes saves nothing and is left out.
   """
   inside, open_ = [], []
   for arm in losses:
     d = difference(losses[arm], losses[reference])
-    if arm == reference or (d is not None and upper_bound(d) <= margin):
+    if arm == reference:
       inside.append(arm)
-    elif d is None or d.low < margin:
-      open_.append(arm)
+    elif sizes[arm] < sizes[reference]:
+      if d is not None and upper_bound(d) <= margin:
+        inside.append(arm)
+      elif d is None or lower_bound(d) <= margin:
+        open_.append(arm)
   # Of equal bytes the best; the reference only if nothing is smaller.
   spot = min(inside, key=lambda a: (sizes[a], np.mean(list(losses[a].values()))))
   undecided = sorted((a for a in open_ if sizes[a] < sizes[spot]), key=lambda a: sizes[a])

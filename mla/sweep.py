@@ -3,6 +3,7 @@
 DIR/trials/NAME/   a trial's workdir, as train.py leaves it; logs/NAME.txt what it printed
 DIR/results.jsonl  a line a trial; windows.npz each trial's loss on every evaluation window
 DIR/frontier.json, frontier.png, report.md
+DIR/costs/         each arm's FLOPs and training memory; ray/ what Ray keeps; .lock the lease
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict
 
 from mla import cost, frontier, metrics
 from mla.data.pipeline import load_data
-from mla.errors import Diverged, UserError
+from mla.errors import Diverged, UserError, first_line
 from mla.evaluate import score_run
 from mla.train import StopSignal, train_and_evaluate
 from mla.trials import Trial, file_name
@@ -147,8 +148,7 @@ def run_trial(
       return failed_line(trial, str(error))
     except Exception as error:
       traceback.print_exc()
-      reason = (str(error).splitlines() or [''])[0][:200]
-      return failed_line(trial, f'{type(error).__name__}: {reason}; see {log}')
+      return failed_line(trial, f'{type(error).__name__}: {first_line(error)}; see {log}')
 
 
 def log_of(workdir: Path) -> Path:
@@ -165,6 +165,7 @@ def _line(trial: Trial) -> dict[str, Any]:
     'fields': trial.fields,
     'digest': trial.digest,
     'arm_digest': trial.arm_digest,
+    'settings': trial.settings,
   }
 
 
@@ -183,6 +184,8 @@ def _lease(path: Path, wait: bool = True) -> Iterator[None]:
     raise UserError(
       f'--workdir={path.parent}: another sweep is at work there; wait for it'
     ) from error
+  except PermissionError as error:
+    raise UserError(f'{path}: {error.strerror}; choose another --workdir') from error
 
 
 def _tokens_per_second(workdir: Path) -> float:
@@ -259,6 +262,7 @@ class Progress:
   def __init__(self, total: int, say: Callable[[str], None]):
     self._total, self._say, self._done, self._ran = total, say, 0, 0
     self._began = time.monotonic()
+    say(f'{total} trials')
 
   def skipped(self, count: int) -> None:
     self._done += count

@@ -5,7 +5,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,14 @@ def train_and_evaluate(
   """
   # What the run is.
   config_lib.validate(config)
+  stop = StopSignal()
+  try:
+    return _train(config, workdir, report, stop)
+  finally:
+    stop.restore()
+
+
+def _train(config: ConfigDict, workdir: Path, report, stop: 'StopSignal') -> bool:
   mesh = sharding.make_mesh(config.mesh.to_dict())
   sharding.check_batch(config, mesh)
   data = load_data(config)
@@ -101,22 +109,21 @@ def train_and_evaluate(
     eval_fn = jax.jit(functools.partial(eval_step, graphdef))
     schedule = make_schedule(config)
 
-    # The loop. The host only waits for the devices where a number is asked for.
-    stop = StopSignal()
+    # The loop. The host only waits for the devices where a number is asked for. A checkpoint comes
+    # after what its step reports, so that a run killed at any time has it all when it goes on.
     run = {'config': config.to_dict(), 'data': data.digest}
     since, since_step = time.monotonic(), start
     for step in range(start + 1, config.num_steps + 1):
       state, measured = step_fn(state, batch)
       last, stopping = step == config.num_steps, stop.requested
+      log = last or step == start + 1 or step % config.log_every == 0
+      evaluating = last or step % config.eval_every == 0
       save = last or stopping or step % config.checkpoint_every == 0
-      if save:  # the position saved is that of the next step's batch
-        _check_finite(measured, step, checkpoints)
-        training = (state.opt_state, state.step, jax.random.key_data(state.key))
-        checkpoints.save(step, state.params, training, batches, run)
-      if not last:
+      if not save:
         batch = sharding.put_batch(next(batches), mesh)
-      if step == start + 1 or step % config.log_every == 0 or last:
+      if log or evaluating or save:
         _check_finite(measured, step, checkpoints)
+      if log:
         now = time.monotonic()
         tokens = (step - since_step) * config.batch_size * config.seq_len
         values = {name: float(value) for name, value in measured.items()}
@@ -125,10 +132,9 @@ def train_and_evaluate(
         metrics.write(step, values)
         metrics.progress(step, values)
         since, since_step = now, step
-      if stopping and not last:
-        break
-      if last or step % config.eval_every == 0:
+      if evaluating:
         evaluation = evaluate(eval_fn, state.params, windows, data, config, mesh)
+        _check_finite(evaluation, step, checkpoints)
         metrics.write(step, evaluation)
         loss, bits = evaluation['eval_loss'], evaluation['eval_bits_per_byte']
         said = f'step {step}  eval loss {loss:.4f}  {bits:.4f} bits per byte'
@@ -140,10 +146,15 @@ def train_and_evaluate(
         if report is not None:
           report(step, evaluation)
         since, since_step = time.monotonic(), step
+      if save:  # the position saved is that of the next step's batch
+        training = (state.opt_state, state.step, jax.random.key_data(state.key))
+        checkpoints.save(step, state.params, training, batches, run)
+        if stopping or last:
+          break
+        batch = sharding.put_batch(next(batches), mesh)
 
   checkpoints.close()
   metrics.close()
-  stop.restore()
   if stopping and not last:
     print(f'stopped by SIGTERM at step {step}, saved; run the same command again to go on')
     return False
@@ -271,7 +282,9 @@ def _restore(checkpoints, abstract, placement, batches, data: Data):
   return TrainState(params, opt_state, count, jax.random.wrap_key_data(key)), step
 
 
-def _check_finite(measured: dict[str, Array], step: int, checkpoints: Checkpoints) -> None:
+def _check_finite(
+  measured: Mapping[str, Array | float], step: int, checkpoints: Checkpoints
+) -> None:
   if all(math.isfinite(float(value)) for value in measured.values()):
     return
   good = checkpoints.steps()

@@ -52,6 +52,12 @@ class Trial:
     fields = checkpoint.identity(self.config) | {'eval_tokens': self.config.data.eval_tokens}
     return _hash({name: value for name, value in fields.items() if name not in REPEATED})
 
+  @property
+  def settings(self) -> dict[str, Any]:
+    """What the trial has in common with the sweep's others: the fields that it does not set."""
+    fields = checkpoint.identity(self.config) | {'data.eval_tokens': self.config.data.eval_tokens}
+    return {name: value for name, value in fields.items() if name not in (*self.fields, *REPEATED)}
+
 
 def _hash(fields: Mapping[str, Any]) -> str:
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]

@@ -152,6 +152,23 @@ def test_a_worker_and_a_node_die_in_mid_trial(cluster, text, tmp_path):
   assert test_sweep.losses(folder) == test_sweep.losses(tmp_path / 'local')
 
 
+def test_sigterm_stops_the_sweep_and_says_so(text, tmp_path):
+  command = test_sweep.command(
+    tmp_path / 'ray', text, '--sweep=seed=0', '--engine=ray', num_steps=100_000
+  )
+  with subprocess.Popen(
+    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  ) as sweep:
+    try:
+      worker_in_mid_trial(tmp_path / 'ray', 'seed=0', sweep)
+      sweep.send_signal(signal.SIGTERM)
+      out, err = sweep.communicate(timeout=LIMIT)
+    finally:
+      sweep.kill()
+  assert sweep.returncode == 143, err
+  assert 'run the same command again' in out
+
+
 def test_trials_over_the_hosts_of_a_slice(slices, text, tmp_path):
   folder, log = tmp_path / 'ray', tmp_path / 'log.txt'
   axis, longer = '--sweep=learning_rate=1e-3,1e30', {'num_steps': 100, 'checkpoint_every': 20}

@@ -85,6 +85,26 @@ def test_the_sweet_spot_is_the_smallest_sure_one():
   assert spot.seeds_in_all['vague'] > 3
 
 
+def test_an_undecided_arm_needs_more_seeds_than_it_has():
+  rng = np.random.default_rng(0)
+  undecided = 0
+  for _ in range(300):
+    losses = {
+      'large': sample(*rng.normal(1.2, 0.005, 3)),
+      'small': sample(*rng.normal(1.22, 0.01, 3)),
+    }
+    spot = stats.sweet_spot(losses, {'large': 2.0, 'small': 1.0}, 'large', 0.02)
+    undecided += len(spot.undecided)
+    assert all(seeds is None or seeds > 3 for seeds in spot.seeds_in_all.values())
+  assert 0 < undecided < 300
+
+
+def test_an_arm_of_the_references_bytes_saves_nothing():
+  losses = {'large': LOSSES['large'], 'twin': sample(1.1, 1.1, 1.1), 'vague': LOSSES['vague']}
+  spot = stats.sweet_spot(losses, {'large': 2.0, 'twin': 2.0, 'vague': 1.0}, 'large', 0.02)
+  assert spot.arm is None and spot.undecided == ('vague',)
+
+
 def test_no_sweet_spot_is_not_the_same_as_unknown():
   none = stats.sweet_spot({k: LOSSES[k] for k in ('large', 'bad')}, SIZES, 'large', 0.02)
   assert none == ('large', (), {})

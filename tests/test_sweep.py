@@ -128,6 +128,7 @@ def test_a_failed_trial_ends_no_other(text, tmp_path):
     (['--sweep=seed=1', '--slice=TPU-V4:2x2x2'], '--slice=TPU-V4:2x2x2: is for --engine=ray'),
     (['--sweep=seed=1', '--engine=ray', '--slice=TPU-V4:2x2x2'], '--resources=TPU=4'),
     (['--sweep=seed=1', '--engine=ray', '--slice=v4', '--resources=TPU=4'], '--slice=v4'),
+    (['--sweep=seed=1', '--engine=ray', '--resources=CPU=-1'], '--resources=CPU=-1: each'),
     (['--sweep=seed=1', '--reference=mah'], '--reference=mah'),
     ([], '--sweep'),
   ],
@@ -224,6 +225,49 @@ def test_tuning_takes_the_best_rate_to_the_other_seeds(tmp_path):
   assert [arm['seeds'] for arm in summary['arms']] == [3, 3]
   assert any('b: its best learning rate, 0.003, is an edge' in w for w in report.warnings(summary))
   assert not any(w.startswith('a:') for w in report.warnings(summary))
+
+
+def test_a_rate_that_failed_with_some_seed_is_not_the_best():
+  def ended(trial) -> dict:
+    if trial.learning_rate == 3e-3 and trial.seed > 0:
+      return sweep.failed_line(trial, 'the loss is no longer finite')
+    return fake_line(trial, {'a': 3e-3, 'b': 2e-3})
+
+  lines = [ended(trial) for trial in some_trials()]
+  assert frontier.best_learning_rates(lines) == {'a': 2e-3, 'b': 2e-3}
+  diverged_everywhere = [
+    line if line['learning_rate'] < 3e-3 else {**line, 'status': 'failed'} for line in lines
+  ]
+  assert frontier.best_learning_rates(diverged_everywhere) == {'a': 2e-3, 'b': 2e-3}
+
+
+def test_a_rate_that_diverged_was_tried(tmp_path):
+  def engine(todo, folder, done):
+    for trial in todo:
+      diverges = trial.learning_rate == 3e-3
+      line = (
+        sweep.failed_line(trial, 'nan') if diverges else fake_line(trial, {'a': 2e-3, 'b': 2e-3})
+      )
+      done(trial, line)
+
+  sweep.run_sweep(some_trials(), tmp_path, engine, say=lambda line: None)
+  assert not any('edge' in warning for warning in report.warnings(frontier.summarise(tmp_path)))
+
+
+def test_arms_of_unlike_settings_are_told(tmp_path):
+  def engine(todo, folder, done):
+    for trial in todo:
+      done(trial, fake_line(trial, {'a': 2e-3, 'b': 2e-3}))
+
+  alike, other = some_trials(), some_trials(num_steps=77)
+  sweep.run_sweep(alike, tmp_path / 'alike', engine, say=lambda line: None)
+  assert not frontier.summarise(tmp_path / 'alike')['unlike_settings']
+  for trials_, arm in ((alike, 'a'), (other, 'b')):
+    todo = [trial for trial in trials_ if trial.arm == arm]
+    sweep.run_sweep(todo, tmp_path / 'unlike', engine, say=lambda line: None)
+  summary = frontier.summarise(tmp_path / 'unlike')
+  warned = [w for w in report.warnings(summary) if 'no arm sets it' in w]
+  assert len(warned) == 1 and warned[0].startswith('num_steps differs') and '77' in warned[0]
 
 
 def test_sigterm_in_a_trials_last_step_starts_no_other(tmp_path, monkeypatch):

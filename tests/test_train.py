@@ -14,7 +14,8 @@ import pytest
 from conftest import SHORT_RUN, tiny_config
 
 from mla import metrics
-from mla.checkpoint import Checkpoints
+from mla.checkpoint import Checkpoints, claim_workdir, read_config
+from mla.data.pipeline import load_data
 from mla.errors import Diverged, UserError
 from mla.train import train_and_evaluate
 
@@ -115,6 +116,38 @@ def test_sigterm_saves_and_says_so(text, undisturbed, tmp_path):
   done = subprocess.run(long_command(text, workdir), capture_output=True, text=True)
   assert f'from step {stopped_at}' in done.stdout
   assert figures(workdir) == figures(undisturbed)
+
+
+def test_killed_in_an_evaluation_it_makes_up_for_it(text, trained, tmp_path, monkeypatch):
+  import mla.train
+
+  class Killed(BaseException):
+    pass
+
+  def killed(*_):
+    time.sleep(1)  # a checkpoint that was begun before would be whole now
+    raise Killed
+
+  with monkeypatch.context() as patch:
+    patch.setattr(mla.train, 'evaluate', killed)
+    with pytest.raises(Killed):
+      train_and_evaluate(config_of(text), tmp_path / 'run')
+  assert train_and_evaluate(config_of(text), tmp_path / 'run')
+  assert figures(tmp_path / 'run') == figures(trained)
+
+
+def test_sigterm_before_the_first_step_is_not_lost(text, tmp_path, monkeypatch):
+  import mla.train
+
+  def load_and_be_told(config):
+    signal.raise_signal(signal.SIGTERM)
+    return load_data(config)
+
+  before = signal.getsignal(signal.SIGTERM)
+  monkeypatch.setattr(mla.train, 'load_data', load_and_be_told)
+  assert not train_and_evaluate(config_of(text), tmp_path / 'run')
+  assert Checkpoints(tmp_path / 'run').steps() == [1]
+  assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.fixture(scope='module')
@@ -231,6 +264,21 @@ def test_another_text_is_refused(text, copy, tmp_path):
   config.data.files = str(other)
   with pytest.raises(UserError, match='data: .* another text'):
     train_and_evaluate(config, copy)
+
+
+def test_an_evaluation_without_a_finite_loss_is_divergence(text, tmp_path, monkeypatch):
+  import mla.train
+
+  monkeypatch.setattr(mla.train, 'evaluate', lambda *_: {'eval_loss': float('nan')})
+  with pytest.raises(Diverged, match='step 3; no checkpoint yet'):
+    train_and_evaluate(config_of(text, eval_every=3, checkpoint_every=6), tmp_path / 'run')
+
+
+def test_a_workdir_whose_claim_was_interrupted_is_free(text, tmp_path):
+  (tmp_path / 'config.json.tmp').write_text('{"attention": ')
+  claim_workdir(config_of(text), tmp_path)
+  assert read_config(tmp_path).attention == config_of(text).attention
+  assert [path.name for path in tmp_path.iterdir()] == ['config.json']
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(text, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Causal attention in blocks, as XLA operations: what every backend runs."""
+"""Causal attention in blocks, as XLA operations: what runs wherever native/ does not."""
 
 import functools
 

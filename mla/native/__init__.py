@@ -1,9 +1,9 @@
 """Attention and its cache on CPU cores in C++ (causal.cc, cached.cc), called through XLA's FFI.
 
-Built at first use by the system's C++ compiler, for this machine's processor, and kept in
-~/.cache/mla-lab/native. Without a compiler, or on another backend, usable() is False, and
-attention/kernels.py and cache.py use XLA's operations. Everything is float32 inside; a cache is
-read as it lies.
+Built at first use by the system's C++ compiler (c++, or what CXX names), for this machine's
+processor, and kept in ~/.cache/mla-lab/native. Without a compiler, or on another backend, usable()
+is False, and attention/kernels.py and cache.py use XLA's operations. Everything is float32 inside;
+a cache is read as it lies.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -71,12 +72,12 @@ _failure = ''  # why load() returned False
 
 def _build() -> Path:
   """The shared library of these sources, compiler and processor; compiled unless it is there."""
-  compiler = shutil.which(os.environ.get('CXX', 'c++'))
-  if compiler is None:
-    raise OSError('no C++ compiler is on the PATH')
-  command = [compiler, *FLAGS, f'-isystem{jax.ffi.include_dir()}']
+  asked = shlex.split(os.environ.get('CXX') or 'c++')  # 'ccache g++'
+  if shutil.which(asked[0]) is None:
+    raise OSError(f'there is no C++ compiler {asked[0]} on the PATH')
+  command = [*asked, *FLAGS, f'-isystem{jax.ffi.include_dir()}']
   sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
-  identity = [*command, jax.__version__, _processor(), _version(compiler), *sources]
+  identity = [*command, jax.__version__, _processor(), _version(asked), *sources]
   name = hashlib.sha256('\n'.join(identity).encode()).hexdigest()[:20]
   library = LIBRARIES.expanduser() / f'{name}.so'
   if not library.exists():
@@ -94,8 +95,9 @@ def _build() -> Path:
   return library
 
 
-def _version(compiler: str) -> str:
-  return subprocess.run([compiler, '--version'], check=True, capture_output=True, text=True).stdout
+def _version(compiler: Sequence[str]) -> str:
+  asking = [*compiler, '--version']
+  return subprocess.run(asking, check=True, capture_output=True, text=True).stdout
 
 
 def _processor() -> str:
