@@ -7,8 +7,8 @@ The whole small model, float32. Both read prompts of `context` tokens, then gene
 the generation is timed, ours as one compiled loop with a donated cache. The first tokens of both
 must be equal, if the cache is float32, or nothing is reported. Ours is run on one device, and over
 those that mla/cpu.py sets if more; transformers is run with its dynamic cache (sdpa and eager) and
-its static one, plain and under torch.compile where there is a C++ compiler; its best counts. For MLA, `expanded` is our
-own model made to expand keys and values from its cache at every step.
+its static one, plain and under torch.compile where there is a C++ compiler; its best counts. For
+MLA, `expanded` is our own model made to expand keys and values from its cache at every step.
 """
 
 import shutil
