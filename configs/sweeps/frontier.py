@@ -1,11 +1,12 @@
 """The frontier: six latents against full, fewer, shared and smaller heads, all of one size.
 
   python sweep.py --config=configs/mha_small.py --arms=configs/sweeps/frontier.py \\
-    --config.num_steps=500 --config.warmup_steps=150 --config.eval_every=500 \\
-    --sweep=learning_rate=2e-3,3.5e-3,6e-3 --sweep=seed=0,1,2 --tune_on_first_seed \\
-    --reference=mha --workdir=runs/frontier
+    --config.num_steps=800 --config.warmup_steps=150 --config.eval_every=800 \\
+    --sweep=learning_rate=1.5e-3,3e-3,6e-3 --sweep=seed=0,1,2 --tune_on_first_seed \\
+    --reference=mha --workdir=runs/frontier --engine=ray --resources=cpu=1
 
-65 trials of about a minute on two CPU cores. Bytes are those of a bfloat16 cache, per token.
+65 trials, two at a time on two CPU cores: about 90 minutes. Without the last two flags, and without
+Ray, one after another. Bytes are those of a bfloat16 cache, per token.
 """
 
 
