@@ -49,16 +49,21 @@ def train_and_evaluate(
   when SIGTERM ended it early, with everything saved. Raises UserError for what the user can mend,
   and Diverged when the loss is no longer finite, with the last good checkpoint kept.
   """
-  # What the run is.
   config_lib.validate(config)
-  stop = StopSignal()
+  stop = StopSignal()  # from here on, so that none is lost
   try:
     return _train(config, workdir, report, stop)
   finally:
     stop.restore()
 
 
-def _train(config: ConfigDict, workdir: Path, report, stop: 'StopSignal') -> bool:
+def _train(
+  config: ConfigDict,
+  workdir: Path,
+  report: Callable[[int, dict], None] | None,
+  stop: 'StopSignal',
+) -> bool:
+  # What the run is.
   mesh = sharding.make_mesh(config.mesh.to_dict())
   sharding.check_batch(config, mesh)
   data = load_data(config)
