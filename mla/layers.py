@@ -33,12 +33,37 @@ def project(x: Array, w: nnx.Param, inputs: int = 1) -> Array:
 class RMSNorm(nnx.Module):
   """x / rms(x) * gain over the last axis, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
-  EPSILON = 1e-6
-
   def __init__(self, **axes: int):
     self.gain = nnx.Param(jnp.ones(tuple(axes.values())), axes=tuple(axes))
 
   def __call__(self, x: Float[Array, '*tokens D']) -> Float[Array, '*tokens D']:
-    wide = x.astype(jnp.float32)
-    wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.EPSILON)
-    return (wide * self.gain[...]).astype(x.dtype)
+    return _rms_norm(x, self.gain[...])
+
+
+EPSILON = 1e-6
+
+
+@jax.custom_vjp
+def _rms_norm(x: Array, gain: Array) -> Array:
+  return _rms_norm_forward(x, gain)[0]
+
+
+def _rms_norm_forward(x, gain):
+  wide = x.astype(jnp.float32)
+  inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + EPSILON)
+  return (wide * inverse * gain).astype(x.dtype), (x, gain, inverse)
+
+
+def _rms_norm_backward(saved, d_out):
+  """Its sums as products with a vector: XLA's CPU backend writes out what it repeats for others."""
+  x, gain, inverse = saved
+  wide, d_out = (a.astype(jnp.float32).reshape(-1, gain.size) for a in (x, d_out))
+  inverse = inverse.reshape(-1, 1)
+  along = wide * d_out
+  pull = jnp.matmul(along, gain[:, None], precision='highest') * inverse**2 / gain.size
+  d_x = inverse * (d_out * gain - wide * pull)
+  d_gain = jnp.matmul(inverse[:, 0], along, precision='highest')
+  return d_x.reshape(x.shape).astype(x.dtype), d_gain
+
+
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)

@@ -78,16 +78,29 @@ Heads heads_of(ffi::AnyBuffer buffer) {
 
 using Parts = std::vector<Heads>;
 
+inline void copy_scaled(const float* from, int64_t dims, float scale, float* to) {
+  int64_t d = 0;
+  for (; d + LANES <= dims; d += LANES) store(to + d, load(from + d) * scale);
+  for (; d < dims; ++d) to[d] = from[d] * scale;
+}
+
+inline float inner(const float* a, const float* b, int64_t dims) {
+  Vec sums{};
+  int64_t d = 0;
+  for (; d + LANES <= dims; d += LANES) sums += load(a + d) * load(b + d);
+  float total = sum(sums);
+  for (; d < dims; ++d) total += a[d] * b[d];
+  return total;
+}
+
 // Rows of `row` floats times `scale` to tokens t .. t + count of one head, its parts side by side.
 void scatter(const float* in, int64_t row, float scale, const Parts& parts, int64_t b, int64_t t,
              int64_t count, int64_t h) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float* from = in + i * row;
-    for (const Heads& part : parts) {
-      float* to = part.at(b, t + i, h);
-      for (int64_t d = 0; d < part.dims; ++d) to[d] = from[d] * scale;
-      from += part.dims;
-    }
+  for (const Heads& part : parts) {
+    float* to = part.at(b, t, h);
+    for (int64_t i = 0; i < count; ++i, to += part.heads * part.dims)
+      copy_scaled(in + i * row, part.dims, scale, to);
+    in += part.dims;
   }
 }
 

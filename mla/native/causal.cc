@@ -17,13 +17,11 @@ int64_t dims_of(const Parts& parts) {
 void gather(const Parts& parts, int64_t b, int64_t t, int64_t count, int64_t h, int64_t heads,
             float scale, float* out, int64_t row) {
   if (count < BLOCK || dims_of(parts) < row) std::memset(out, 0, sizeof(float) * row * BLOCK);
-  for (int64_t i = 0; i < count; ++i) {
-    float* to = out + i * row;
-    for (const Heads& part : parts) {  // a part may have fewer heads, each for several
-      const float* from = part.at(b, t + i, h * part.heads / heads);
-      for (int64_t d = 0; d < part.dims; ++d) to[d] = from[d] * scale;
-      to += part.dims;
-    }
+  for (const Heads& part : parts) {
+    const float* from = part.at(b, t, h * part.heads / heads);  // fewer heads: each for several
+    for (int64_t i = 0; i < count; ++i, from += part.heads * part.dims)
+      copy_scaled(from, part.dims, scale, out + i * row);
+    out += part.dims;
   }
 }
 
@@ -91,10 +89,11 @@ void forward_of_head(const Causal& c, int64_t b, int64_t k, Heads out, float* lo
         });
       }
       for (int64_t r = 0; r < count; ++r) {
-        scatter(mixed + r * c.v_row, c.v_row, 1 / running[r].total, {out}, b, i * BLOCK + r, 1, h);
+        shrink_row(mixed + r * c.v_row, c.v_row, 1 / running[r].total);
         log_sums[(b * c.H + h) * c.T + i * BLOCK + r] =
             running[r].largest + std::log(running[r].total);
       }
+      scatter(mixed, c.v_row, 1, {out}, b, i * BLOCK, count, h);
     }
 }
 
@@ -144,11 +143,8 @@ void backward_of_head(const Causal& c, int64_t b, int64_t k, Heads out, const fl
       gather({d_out}, b, i * BLOCK, count, h, c.H, 1, d_rows, c.v_row);
       // d_scores = weights * (d_weights - sum_s weights * d_weights), and that sum is <out, d_out>.
       float means[BLOCK];
-      for (int64_t r = 0; r < count; ++r) {
-        const float* mixed = out.at(b, i * BLOCK + r, h);
-        means[r] = 0;
-        for (int64_t d = 0; d < out.dims; ++d) means[r] += mixed[d] * d_rows[r * c.v_row + d];
-      }
+      for (int64_t r = 0; r < count; ++r)
+        means[r] = inner(out.at(b, i * BLOCK + r, h), d_rows + r * c.v_row, out.dims);
       std::memset(d_queries, 0, sizeof(float) * BLOCK * c.n_row);
       for (int64_t j = 0; j <= i; ++j) {
         visit_strips(j == i, count, [&](int64_t first, int64_t height, int64_t seen) {

@@ -72,9 +72,11 @@ struct Left {  // element (i, k) lies at data[i * row + k * column]
   int64_t row, column;
 };
 
-// One tile of C = A B, or C += A B: R rows, W vectors wide.
+// One tile of C = A B, or C += A B: R rows, W vectors wide. Never part of its caller, whose other
+// values would leave it too few registers.
 template <int R, int W>
-void tile(bool add, int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t c_row) {
+__attribute__((noinline)) void tile(bool add, int64_t depth, Left a, const float* b, int64_t b_row,
+                                    float* c, int64_t c_row) {
   Vec sums[R][W];
   for (int i = 0; i < R; ++i)
     for (int w = 0; w < W; ++w) sums[i][w] = add ? load(c + i * c_row + w * LANES) : Vec{};
