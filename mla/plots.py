@@ -107,11 +107,11 @@ def frontier(axes: Axes, summary: Mapping[str, Any]) -> None:
   axes.axhline(limit, color='#999999', linestyle=':', linewidth=1)
   axes.annotate(
     f'{summary["reference"]} + {summary["margin"]} nats',
-    (0.99, limit),
+    (1, limit),  # beside the axes, where no arm's name is
     xycoords=('axes fraction', 'data'),
     textcoords='offset points',
-    xytext=(0, 3),
-    horizontalalignment='right',
+    xytext=(3, 0),
+    verticalalignment='center',
     color='#666666',
     fontsize=7,
   )

@@ -30,7 +30,9 @@ def softmax_over(stored_keys, values, queries, positions, scale):
 
 
 @pytest.mark.parametrize('dtype', cache_lib.DTYPES)
-@pytest.mark.parametrize(('groups', 'dims', 'length'), [(1, 24, 3), (2, 32, 1), (4, 7, 2)])
+@pytest.mark.parametrize(
+  ('groups', 'dims', 'length'), [(1, 24, 3), (2, 32, 1), (4, 7, 2), (4, 32, 1), (4, 7, 1)]
+)
 def test_a_long_cache_is_read_whole_and_no_further(dtype, groups, dims, length):
   slots, batch, heads = 4200, 3, 4  # three splits, the last of them with a broken block
   rng = np.random.default_rng(0)

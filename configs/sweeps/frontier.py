@@ -2,10 +2,10 @@
 
   python sweep.py --config=configs/mha_small.py --arms=configs/sweeps/frontier.py \\
     --config.num_steps=800 --config.warmup_steps=150 --config.eval_every=800 \\
-    --sweep=learning_rate=1.5e-3,3e-3,6e-3 --sweep=seed=0,1,2 --tune_on_first_seed \\
+    --sweep=learning_rate=1.5e-3,3e-3,6e-3 --sweep=seed=0,1,2,3,4,5 --tune_on_first_seed \\
     --reference=mha --workdir=runs/frontier --engine=ray --resources=cpu=1
 
-65 trials, two at a time on two CPU cores: about 90 minutes. Without the last two flags, and without
+104 trials, two at a time on two CPU cores: two and a half hours. Without the last two flags, and without
 Ray, one after another. Bytes are those of a bfloat16 cache, per token.
 """
 

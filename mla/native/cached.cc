@@ -105,6 +105,9 @@ void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* r
   float* scores = scratch.take(c.rows * BLOCK);
   std::memset(mixed, 0, sizeof(float) * c.rows * c.v_row);
 
+  // For one query (MHA, a token at a time) no transpose pays, but that of a float32 cache: its limit is
+  // the memory, which is read faster when loads come spaced by work (docs/log.md).
+  const bool direct = c.rows == 1 && c.values.dtype != ffi::DataType::F32;
   const int32_t* positions = c.positions + b * c.T;
   const int64_t last = *std::max_element(positions, positions + c.T);  // later slots are unseen
   const int64_t end = std::min(std::min((split + 1) * SPLIT, last + 1), c.values.S);
@@ -119,11 +122,14 @@ void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* r
       const float* slots = key.data == c.values.data
                                ? values
                                : read_slots(key, b, k, s, count, key_buffer, row, &next_keys);
-      transpose(slots, row, row, columns, &next_keys, &next_values);
-      const bool scaled = key.scales != nullptr;
+      const bool scaled = key.scales != nullptr, add = !scaled && part > 0;
       float* into = scaled ? part_scores : scores;
-      matmul(!scaled && part > 0, c.rows, key.dims, BLOCK, {rows[part], row, 1}, columns, BLOCK,
-             into, BLOCK);
+      if (direct) {
+        dot_rows(add, rows[part], slots, row, row, into, &next_keys, &next_values);
+      } else {
+        transpose(slots, row, row, columns, &next_keys, &next_values);
+        matmul(add, c.rows, key.dims, BLOCK, {rows[part], row, 1}, columns, BLOCK, into, BLOCK);
+      }
       if (!scaled) continue;
       for (int64_t r = 0; r < c.rows; ++r) {
         times_scales(into + r * BLOCK, key, b, k, s, count);
@@ -144,7 +150,10 @@ void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* r
       shrink_row(mixed + r * c.v_row, c.v_row, running[r].take(row, BLOCK));
       if (c.values.scales) times_scales(row, c.values, b, k, s, count);
     }
-    matmul(true, c.rows, count, c.v_row, {scores, BLOCK, 1}, values, c.v_row, mixed, c.v_row);
+    if (direct)
+      mix_rows(scores, count, values, c.v_row, mixed);
+    else
+      matmul(true, c.rows, count, c.v_row, {scores, BLOCK, 1}, values, c.v_row, mixed, c.v_row);
   }
 }
 

@@ -145,6 +145,20 @@ inline void transpose_square(Vec (&rows)[LANES]) {
   }
 }
 
+// The sums of the lanes of each of N vectors: halved, pair after pair, until one vector holds all.
+template <int N = LANES>
+inline Vec lane_sums(Vec (&rows)[LANES]) {
+  constexpr auto lanes = std::make_integer_sequence<int, LANES>{};
+#pragma GCC unroll 8
+  for (int i = 0; i < N / 2; ++i)
+    rows[i] = interleave<0>(rows[i], rows[i + N / 2], lanes) +
+              interleave<LANES / 2>(rows[i], rows[i + N / 2], lanes);
+  if constexpr (N > 2)
+    return lane_sums<N / 2>(rows);
+  else
+    return rows[0];
+}
+
 // Memory that will be read soon, asked for a few lines at a time, into the second cache: the first has
 // too few slots for lines on their way, and what was asked for would hold up what is needed now.
 struct Ahead {
@@ -154,6 +168,37 @@ struct Ahead {
     for (; lines > 0 && bytes > 0; --lines, from += 64, bytes -= 64) __builtin_prefetch(from, 0, 2);
   }
 };
+
+// out[s] = (add ? out[s] : 0) + <row, in[s]> for BLOCK rows s of `dims`, a multiple of LANES: a matmul
+// for one row, without the transpose. Fetches what is ahead.
+void dot_rows(bool add, const float* row, const float* in, int64_t in_row, int64_t dims, float* out,
+              Ahead* keys, Ahead* values) {
+  for (int64_t s = 0; s < BLOCK; s += LANES) {
+    Vec products[LANES] = {};
+    for (int64_t d = 0; d < dims; d += LANES) {
+      const Vec left = load(row + d);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) {
+        keys->fetch(1), values->fetch(1);
+        products[i] += left * load(in + (s + i) * in_row + d);
+      }
+    }
+    store(out + s, lane_sums(products) + (add ? load(out + s) : Vec{}));
+  }
+}
+
+// out += weights[count] in[count, cols], cols a multiple of LANES: a matmul for one row, its sums in
+// four so that one need not wait for the other.
+void mix_rows(const float* weights, int64_t count, const float* in, int64_t cols, float* out) {
+  for (int64_t d = 0; d < cols; d += LANES) {
+    Vec sums[4] = {load(out + d)};
+    int64_t s = 0;
+    for (; s + 4 <= count; s += 4)
+      for (int i = 0; i < 4; ++i) sums[i] += weights[s + i] * load(in + (s + i) * cols + d);
+    for (; s < count; ++s) sums[0] += weights[s] * load(in + s * cols + d);
+    store(out + d, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+}
 
 // out[d, s] = in[s, d] for BLOCK rows s and `dims` columns d, a multiple of LANES; fetches what is ahead.
 void transpose(const float* in, int64_t in_row, int64_t dims, float* out, Ahead* keys = nullptr,
