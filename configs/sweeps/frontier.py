@@ -5,8 +5,8 @@
     --sweep=learning_rate=1.5e-3,3e-3,6e-3 --sweep=seed=0,1,2,3,4,5 --tune_on_first_seed \\
     --reference=mha --workdir=runs/frontier --engine=ray --resources=cpu=1
 
-104 trials, two at a time on two CPU cores: two and a half hours. Without the last two flags, and without
-Ray, one after another. Bytes are those of a bfloat16 cache, per token.
+104 trials, two at a time on two CPU cores: two and a half hours. Without the last two
+flags, and without Ray, one after another. Bytes are those of a bfloat16 cache, per token.
 """
 
 

@@ -91,12 +91,11 @@ void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* r
     const int64_t row = padded(part.dims);
     widest = std::max(widest, row);
     rows.push_back(scratch.take(c.rows * row));
+    std::memset(rows.back(), 0, sizeof(float) * c.rows * row);  // beyond a query's dims too
     for (int64_t t = 0; t < c.T; ++t)
-      for (int64_t g = 0; g < group; ++g) {
-        const float* from = part.at(b, t, k * group + g);
-        float* to = rows.back() + (t * group + g) * row;
-        for (int64_t d = 0; d < part.dims; ++d) to[d] = from[d] * c.scale;
-      }
+      for (int64_t g = 0; g < group; ++g)
+        copy_scaled(part.at(b, t, k * group + g), part.dims, c.scale,
+                    rows.back() + (t * group + g) * row);
   }
   float* key_buffer = scratch.take(BLOCK * widest);
   float* value_buffer = scratch.take(BLOCK * widest);
