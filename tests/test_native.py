@@ -66,6 +66,17 @@ def test_a_long_cache_is_read_whole_and_no_further(dtype, groups, dims, length):
     np.testing.assert_array_equal(jax.jit(attend)(spoilt), jax.jit(attend)(stored))
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_what_an_earlier_call_left_in_memory_is_not_read(dtype):
+  def attend(queries, dims):  # more tasks than threads, so that each thread has some
+    stored = Stored(jnp.ones((8, 4, 64, dims), dtype), None)
+    positions = jnp.full((8, 1), 63, jnp.int32)
+    return cached_attention([queries], [stored], stored, positions, scale=1.0)
+
+  assert np.isnan(attend(jnp.full((8, 1, 4, 16), jnp.nan), 16)).all()
+  np.testing.assert_allclose(attend(jnp.ones((8, 1, 4, 7)), 7), 1, rtol=1e-6)
+
+
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8'])
 @pytest.mark.parametrize(('shape', 'axis'), [((3, 2, 9, 5), -2), ((3, 9, 5), -2), ((3, 2, 9), -1)])
 def test_append_writes_its_slots_and_no_others(dtype, shape, axis):

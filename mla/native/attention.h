@@ -84,15 +84,6 @@ inline void copy_scaled(const float* from, int64_t dims, float scale, float* to)
   for (; d < dims; ++d) to[d] = from[d] * scale;
 }
 
-inline float inner(const float* a, const float* b, int64_t dims) {
-  Vec sums{};
-  int64_t d = 0;
-  for (; d + LANES <= dims; d += LANES) sums += load(a + d) * load(b + d);
-  float total = sum(sums);
-  for (; d < dims; ++d) total += a[d] * b[d];
-  return total;
-}
-
 // Rows of `row` floats times `scale` to tokens t .. t + count of one head, its parts side by side.
 void scatter(const float* in, int64_t row, float scale, const Parts& parts, int64_t b, int64_t t,
              int64_t count, int64_t h) {

@@ -124,7 +124,7 @@ void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* r
       const bool scaled = key.scales != nullptr, add = !scaled && part > 0;
       float* into = scaled ? part_scores : scores;
       if (direct) {
-        dot_rows(add, rows[part], slots, row, row, into, &next_keys, &next_values);
+        dot_rows(add, rows[part], slots, row, into, &next_keys, &next_values);
       } else {
         transpose(slots, row, row, columns, &next_keys, &next_values);
         matmul(add, c.rows, key.dims, BLOCK, {rows[part], row, 1}, columns, BLOCK, into, BLOCK);
@@ -149,10 +149,7 @@ void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* r
       shrink_row(mixed + r * c.v_row, c.v_row, running[r].take(row, BLOCK));
       if (c.values.scales) times_scales(row, c.values, b, k, s, count);
     }
-    if (direct)
-      mix_rows(scores, count, values, c.v_row, mixed);
-    else
-      matmul(true, c.rows, count, c.v_row, {scores, BLOCK, 1}, values, c.v_row, mixed, c.v_row);
+    matmul(true, c.rows, count, c.v_row, {scores, BLOCK, 1}, values, c.v_row, mixed, c.v_row);
   }
 }
 

@@ -25,6 +25,15 @@ void gather(const Parts& parts, int64_t b, int64_t t, int64_t count, int64_t h, 
   }
 }
 
+inline float inner(const float* a, const float* b, int64_t dims) {
+  Vec sums{};
+  int64_t d = 0;
+  for (; d + LANES <= dims; d += LANES) sums += load(a + d) * load(b + d);
+  float total = sum(sums);
+  for (; d < dims; ++d) total += a[d] * b[d];
+  return total;
+}
+
 // The block of scores of queries i and keys j <= i, in strips of rows that see the first `keys` of its
 // columns: one strip, or on the diagonal, where later keys are hidden, several.
 template <typename Run>  // run(first row, rows, keys)

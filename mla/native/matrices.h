@@ -171,8 +171,8 @@ struct Ahead {
 
 // out[s] = (add ? out[s] : 0) + <row, in[s]> for BLOCK rows s of `dims`, a multiple of LANES: a matmul
 // for one row, without the transpose. Fetches what is ahead.
-void dot_rows(bool add, const float* row, const float* in, int64_t in_row, int64_t dims, float* out,
-              Ahead* keys, Ahead* values) {
+void dot_rows(bool add, const float* row, const float* in, int64_t dims, float* out, Ahead* keys,
+              Ahead* values) {
   for (int64_t s = 0; s < BLOCK; s += LANES) {
     Vec products[LANES] = {};
     for (int64_t d = 0; d < dims; d += LANES) {
@@ -180,23 +180,10 @@ void dot_rows(bool add, const float* row, const float* in, int64_t in_row, int64
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; ++i) {
         keys->fetch(1), values->fetch(1);
-        products[i] += left * load(in + (s + i) * in_row + d);
+        products[i] += left * load(in + (s + i) * dims + d);
       }
     }
     store(out + s, lane_sums(products) + (add ? load(out + s) : Vec{}));
-  }
-}
-
-// out += weights[count] in[count, cols], cols a multiple of LANES: a matmul for one row, its sums in
-// four so that one need not wait for the other.
-void mix_rows(const float* weights, int64_t count, const float* in, int64_t cols, float* out) {
-  for (int64_t d = 0; d < cols; d += LANES) {
-    Vec sums[4] = {load(out + d)};
-    int64_t s = 0;
-    for (; s + 4 <= count; s += 4)
-      for (int i = 0; i < 4; ++i) sums[i] += weights[s + i] * load(in + (s + i) * cols + d);
-    for (; s < count; ++s) sums[0] += weights[s] * load(in + s * cols + d);
-    store(out + d, (sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
 }
 
