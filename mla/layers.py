@@ -55,8 +55,8 @@ def _rms_norm_forward(x, gain):
 
 
 def _rms_norm_backward(saved, d_out):
-  """By hand for the sake of XLA's CPU backend: its own sums over x, d_out and the gain are given the
-  gain, and each token's factor, repeated to x's size in memory; products with a vector are not."""
+  """By hand for XLA's CPU backend: to sums over x, d_out and the gain it gives the gain, and each
+  token's factor, repeated to x's size in memory; products with a vector need no such copies."""
   x, gain, inverse = saved
   wide, d_out = (a.astype(jnp.float32).reshape(-1, gain.size) for a in (x, d_out))
   inverse = inverse.reshape(-1, 1)
