@@ -59,6 +59,7 @@ def keep_freed_memory() -> None:
   ):
     libc.mallopt(parameter, value)
   libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
-  libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(HEAP // 8))))  # the heap grows now
-  end = libc.sbrk(0) // HUGE * HUGE
-  libc.madvise(ctypes.c_void_p(end - HEAP), ctypes.c_size_t(HEAP), MADV_HUGEPAGE)
+  block = libc.malloc(ctypes.c_size_t(HEAP // 8))  # the heap grows now
+  libc.free(ctypes.c_void_p(block))
+  start, end = -(-block // HUGE) * HUGE, libc.sbrk(0) // HUGE * HUGE
+  libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_HUGEPAGE)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,25 @@ def test_kept_memory_is_not_faulted_in_again():
   usual, kept = (int(run(FAULTS.format(keep=keep))) for keep in (False, True))
   assert usual > 10_000  # pages of 4 kB: at least 40 MB
   assert kept < usual / 10
+
+
+HUGE = """
+import re
+from mla import cpu
+cpu.keep_freed_memory()
+held = [b'1' * 2**27 for _ in range(7)]  # 896 MB, most of what the heap has grown by; not numpy's,
+# which asks for huge pages itself
+heap = re.findall(r'\\[heap\\]\\n(?:.+: .+\\n)+', open('/proc/self/smaps').read())
+sizes = [sum(int(n) for part in heap for n in re.findall(rf'^{field}: +(\\d+)', part, re.M))
+         for field in ('Rss', 'AnonHugePages')]
+print(sizes[1] / sizes[0])
+"""
+THP = Path('/sys/kernel/mm/transparent_hugepage/enabled')
+
+
+@pytest.mark.skipif(not THP.exists() or '[never]' in THP.read_text(), reason='no huge pages here')
+def test_the_first_large_arrays_lie_in_huge_pages():
+  assert float(run(HUGE)) > 0.95
 
 
 def devices(call: str) -> int:
