@@ -29,9 +29,21 @@ def softmax_over(stored_keys, values, queries, positions, scale):
   return out
 
 
+def store(array, dtype) -> Stored:
+  if dtype == 'int8':
+    return Stored(*cache_lib.quantise(jnp.asarray(array)))
+  return Stored(jnp.asarray(array, dtype), None)
+
+
+def read(stored: Stored) -> np.ndarray:
+  values = np.asarray(stored.values.astype(jnp.float32), np.float64)
+  return values if stored.scale is None else values * np.asarray(stored.scale)[..., None]
+
+
 @pytest.mark.parametrize('dtype', cache_lib.DTYPES)
 @pytest.mark.parametrize(
-  ('groups', 'dims', 'length'), [(1, 24, 3), (2, 32, 1), (4, 7, 2), (4, 32, 1), (4, 7, 1)]
+  ('groups', 'dims', 'length'),
+  [(1, 24, 3), (2, 32, 1), (4, 7, 2), (4, 32, 1), (4, 7, 1), (4, 80, 1)],
 )
 def test_a_long_cache_is_read_whole_and_no_further(dtype, groups, dims, length):
   slots, batch, heads = 4200, 3, 4  # three splits, the last of them with a broken block
@@ -41,13 +53,8 @@ def test_a_long_cache_is_read_whole_and_no_further(dtype, groups, dims, length):
   positions = last[:, None] + np.arange(length) - (length - 1)
   queries = rng.standard_normal((batch, length, heads, dims)).astype(np.float32)
   wide = [rng.standard_normal((batch, groups, slots, dims)).astype(np.float32) for _ in range(2)]
-  if dtype == 'int8':
-    stored = [Stored(*cache_lib.quantise(jnp.asarray(x))) for x in wide]
-    read = [np.asarray(s.values, np.float64) * np.asarray(s.scale)[..., None] for s in stored]
-  else:
-    stored = [Stored(jnp.asarray(x, dtype), None) for x in wide]
-    read = [np.asarray(s.values.astype(jnp.float32), np.float64) for s in stored]
-  expected = softmax_over(*read, queries, positions, 0.3)
+  stored = [store(x, dtype) for x in wide]
+  expected = softmax_over(*map(read, stored), queries, positions, 0.3)
 
   def attend(stored):
     return cached_attention(
@@ -64,6 +71,27 @@ def test_a_long_cache_is_read_whole_and_no_further(dtype, groups, dims, length):
       for s in stored
     ]
     np.testing.assert_array_equal(jax.jit(attend)(spoilt), jax.jit(attend)(stored))
+
+
+@pytest.mark.parametrize('dtype', cache_lib.DTYPES)
+@pytest.mark.parametrize('heads', [1, 4])
+def test_a_key_in_two_parts_of_which_one_is_the_value(dtype, heads):
+  """MLA's latent and shared rotary key, for one query and for several."""
+  rng = np.random.default_rng(1)
+  latent, rope = (store(rng.standard_normal((2, 1, 100, n)), dtype) for n in (32, 16))
+  queries = [rng.standard_normal((2, 1, heads, n)).astype(np.float32) for n in (32, 16)]
+  positions = np.array([[99], [70]])
+  out = cached_attention(
+    [jnp.asarray(q) for q in queries],
+    [latent, rope],
+    latent,
+    jnp.asarray(positions, jnp.int32),
+    scale=0.3,
+  )
+  keys = np.concatenate([read(latent), read(rope)], -1)
+  joined = np.concatenate(queries, -1)
+  expected = softmax_over(keys, read(latent), joined, positions, 0.3)
+  np.testing.assert_allclose(out, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])

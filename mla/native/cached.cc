@@ -21,6 +21,18 @@ Stored stored_of(ffi::AnyBuffer values, ffi::AnyBuffer scales, int64_t B) {
           values.element_type(), shape[0] / B, shape[1], shape[2]};
 }
 
+// run(the slots of one head from s on, as the elements they are)
+template <typename Run>
+void with_slots(const Stored& stored, int64_t b, int64_t k, int64_t s, const Run& run) {
+  const int64_t first = ((b * stored.K + k) * stored.S + s) * stored.dims;
+  if (stored.dtype == ffi::DataType::F32)
+    run(reinterpret_cast<const float*>(stored.data) + first);
+  else if (stored.dtype == ffi::DataType::BF16)
+    run(reinterpret_cast<const uint16_t*>(stored.data) + first);
+  else
+    run(reinterpret_cast<const int8_t*>(stored.data) + first);
+}
+
 inline float widen(float x) { return x; }
 inline float widen(int8_t x) { return x; }
 inline float widen(uint16_t x) {  // bfloat16 is the upper half of a float
@@ -34,7 +46,7 @@ template <typename Element>
 void widen_slots(const Element* __restrict from, int64_t count, int64_t dims, float* __restrict out,
                  int64_t row) {
   if (dims == row) {
-    for (int64_t i = 0; i < count * dims; ++i) out[i] = widen(from[i]);
+    for (int64_t i = 0; i < count * dims; i += LANES) store(out + i, load(from + i));
   } else {
     std::memset(out, 0, sizeof(float) * count * row);
     for (int64_t s = 0; s < count; ++s)
@@ -47,21 +59,18 @@ void widen_slots(const Element* __restrict from, int64_t count, int64_t dims, fl
 // lie if they already are such rows. `ahead` becomes the block after it.
 const float* read_slots(const Stored& stored, int64_t b, int64_t k, int64_t s, int64_t count,
                         float* buffer, int64_t row, Ahead* ahead) {
-  const int64_t first = ((b * stored.K + k) * stored.S + s) * stored.dims;
-  const int64_t size = stored.dtype == ffi::DataType::F32    ? 4
-                       : stored.dtype == ffi::DataType::BF16 ? 2
-                                                             : 1;
-  const uint8_t* from = stored.data + first * size;
-  const int64_t bytes = BLOCK * stored.dims * size;
-  *ahead = {from + bytes, bytes};
-  if (size == 4 && stored.dims == row && count == BLOCK) return reinterpret_cast<const float*>(from);
-  if (size == 4)
-    widen_slots(reinterpret_cast<const float*>(from), count, stored.dims, buffer, row);
-  else if (size == 2)
-    widen_slots(reinterpret_cast<const uint16_t*>(from), count, stored.dims, buffer, row);
-  else
-    widen_slots(reinterpret_cast<const int8_t*>(from), count, stored.dims, buffer, row);
-  return buffer;
+  const float* slots = buffer;
+  with_slots(stored, b, k, s, [&](const auto* from) {
+    const int64_t bytes = BLOCK * stored.dims * sizeof *from;
+    *ahead = {reinterpret_cast<const uint8_t*>(from) + bytes, bytes};
+    if constexpr (std::is_same_v<decltype(from), const float*>)
+      if (stored.dims == row && count == BLOCK) {
+        slots = from;
+        return;
+      }
+    widen_slots(from, count, stored.dims, buffer, row);
+  });
+  return slots;
 }
 
 void times_scales(float* row, const Stored& stored, int64_t b, int64_t k, int64_t s,
@@ -79,38 +88,45 @@ struct Cached {
   int64_t B, T, H, K, splits, v_row, rows;
 };
 
-// What the slots from split * SPLIT on give the T x G queries of one row and key head: per query its
-// softmax so far and the unnormalised mixture.
-void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* running,
-                float* mixed) {
-  Scratch scratch;
-  const int64_t group = c.H / c.K;
-  std::vector<float*> rows;
-  int64_t widest = c.v_row;
-  for (const Heads& part : c.queries) {
-    const int64_t row = padded(part.dims);
-    widest = std::max(widest, row);
-    rows.push_back(scratch.take(c.rows * row));
-    std::memset(rows.back(), 0, sizeof(float) * c.rows * row);  // beyond a query's dims too
-    for (int64_t t = 0; t < c.T; ++t)
-      for (int64_t g = 0; g < group; ++g)
-        copy_scaled(part.at(b, t, k * group + g), part.dims, c.scale,
-                    rows.back() + (t * group + g) * row);
+// Slots s .. end for one query, its parts in `rows`: all keys, then the softmax, then all values. Each
+// array is read as a stream, at the speed of memory, which is the limit here.
+void read_for_one(const Cached& c, int64_t b, int64_t k, int64_t s, int64_t end,
+                  const std::vector<float*>& rows, Scratch& scratch, Running* running,
+                  float* mixed) {
+  const int64_t count = end - s;
+  float* scores = scratch.take(SPLIT);
+  float* part_scores = scratch.take(SPLIT);
+  for (size_t part = 0; part < c.keys.size(); ++part) {
+    const Stored& key = c.keys[part];
+    float* into = part == 0 ? scores : part_scores;
+    with_slots(key, b, k, s, [&](const auto* slots) {
+      dot_rows(rows[part], slots, count, key.dims, into);
+    });
+    if (key.scales) times_scales(into, key, b, k, s, count);
+    for (int64_t i = 0; part > 0 && i < count; ++i) scores[i] += into[i];
   }
+  for (int64_t i = count; i < padded(count); ++i) scores[i] = NONE;
+  running->take(scores, padded(count));
+  if (c.values.scales) times_scales(scores, c.values, b, k, s, count);
+  with_slots(c.values, b, k, s, [&](const auto* slots) {
+    for (int64_t i = 0; i < count; i += BLOCK)  // of wide values the second half is read from cache
+      matmul<1>(true, 1, std::min<int64_t>(BLOCK, count - i), c.v_row, {scores + i, 0, 1},
+                slots + i * c.v_row, c.v_row, mixed, c.v_row);
+  });
+}
+
+// Slots s .. end for all queries, a block at a time.
+void read_for_many(const Cached& c, int64_t b, int64_t k, int64_t s, int64_t end,
+                   const std::vector<float*>& rows, Scratch& scratch, Running* running,
+                   float* mixed) {
+  int64_t widest = c.v_row;
+  for (const Stored& key : c.keys) widest = std::max(widest, padded(key.dims));
   float* key_buffer = scratch.take(BLOCK * widest);
   float* value_buffer = scratch.take(BLOCK * widest);
   float* columns = scratch.take(BLOCK * widest);
   float* part_scores = scratch.take(c.rows * BLOCK);
   float* scores = scratch.take(c.rows * BLOCK);
-  std::memset(mixed, 0, sizeof(float) * c.rows * c.v_row);
-
-  // For one query (MHA, a token at a time) no transpose pays, but that of a float32 cache: its limit is
-  // the memory, which is read faster when loads come spaced by work (docs/log.md).
-  const bool direct = c.rows == 1 && c.values.dtype != ffi::DataType::F32;
-  const int32_t* positions = c.positions + b * c.T;
-  const int64_t last = *std::max_element(positions, positions + c.T);  // later slots are unseen
-  const int64_t end = std::min(std::min((split + 1) * SPLIT, last + 1), c.values.S);
-  for (int64_t s = split * SPLIT; s < end; s += BLOCK) {
+  for (; s < end; s += BLOCK) {
     const int64_t count = std::min<int64_t>(BLOCK, end - s);
     Ahead next_keys, next_values;
     const float* values = read_slots(c.values, b, k, s, count, value_buffer, c.v_row, &next_values);
@@ -121,14 +137,10 @@ void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* r
       const float* slots = key.data == c.values.data
                                ? values
                                : read_slots(key, b, k, s, count, key_buffer, row, &next_keys);
+      transpose(slots, row, row, columns, &next_keys, &next_values);
       const bool scaled = key.scales != nullptr, add = !scaled && part > 0;
       float* into = scaled ? part_scores : scores;
-      if (direct) {
-        dot_rows(add, rows[part], slots, row, into, &next_keys, &next_values);
-      } else {
-        transpose(slots, row, row, columns, &next_keys, &next_values);
-        matmul(add, c.rows, key.dims, BLOCK, {rows[part], row, 1}, columns, BLOCK, into, BLOCK);
-      }
+      matmul(add, c.rows, key.dims, BLOCK, {rows[part], row, 1}, columns, BLOCK, into, BLOCK);
       if (!scaled) continue;
       for (int64_t r = 0; r < c.rows; ++r) {
         times_scales(into + r * BLOCK, key, b, k, s, count);
@@ -140,7 +152,8 @@ void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* r
     }
     for (int64_t r = 0; r < c.rows; ++r) {
       float* row = scores + r * BLOCK;
-      const int64_t seen = std::clamp<int64_t>(positions[r / group] + 1 - s, 0, count);
+      const int64_t position = c.positions[b * c.T + r / (c.H / c.K)];
+      const int64_t seen = std::clamp<int64_t>(position + 1 - s, 0, count);
       for (int64_t i = seen; i < BLOCK; ++i) row[i] = NONE;
       if (seen == 0) {  // a query earlier than this whole block
         std::memset(row, 0, sizeof(float) * BLOCK);
@@ -151,6 +164,35 @@ void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* r
     }
     matmul(true, c.rows, count, c.v_row, {scores, BLOCK, 1}, values, c.v_row, mixed, c.v_row);
   }
+}
+
+// What the slots from split * SPLIT on give the T x G queries of one row and key head: per query its
+// softmax so far and the unnormalised mixture.
+void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* running,
+                float* mixed) {
+  std::memset(mixed, 0, sizeof(float) * c.rows * c.v_row);
+  const int32_t* positions = c.positions + b * c.T;
+  const int64_t last = *std::max_element(positions, positions + c.T);  // later slots are unseen
+  const int64_t start = split * SPLIT;
+  const int64_t end = std::min({start + SPLIT, last + 1, c.values.S});
+  if (end <= start) return;
+
+  Scratch scratch;
+  const int64_t group = c.H / c.K;
+  bool whole = c.values.dims == c.v_row;  // no array's slots need padding to vectors
+  std::vector<float*> rows;
+  for (const Heads& part : c.queries) {
+    const int64_t row = padded(part.dims);
+    whole &= row == part.dims;
+    rows.push_back(scratch.take(c.rows * row));
+    std::memset(rows.back(), 0, sizeof(float) * c.rows * row);  // beyond a query's dims too
+    for (int64_t t = 0; t < c.T; ++t)
+      for (int64_t g = 0; g < group; ++g)
+        copy_scaled(part.at(b, t, k * group + g), part.dims, c.scale,
+                    rows.back() + (t * group + g) * row);
+  }
+  const auto read = c.rows == 1 && whole ? read_for_one : read_for_many;  // one: MHA, token by token
+  read(c, b, k, start, end, rows, scratch, running, mixed);
 }
 
 // Arguments: queries, then per key its values and scales, then those of the values, then positions.

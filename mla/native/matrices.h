@@ -1,9 +1,14 @@
 // Matrices of a few rows, held in a core's registers and first caches; vectors are the compiler's.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <utility>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -24,6 +29,38 @@ typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));  // anywhere
 
 inline Vec load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
+// LANES elements of a bfloat16 cache (its bits) or of an int8 cache, as floats. GCC 12 takes up to ten
+// instructions for __builtin_convertvector where the processor has two.
+#if defined(__AVX512F__)
+inline Vec load(const uint16_t* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+inline Vec load(const int8_t* from) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+#elif defined(__AVX2__)
+inline Vec load(const uint16_t* from) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+}
+inline Vec load(const int8_t* from) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+#else
+inline Vec load(const uint16_t* from) {
+  uint16_t __attribute__((vector_size(LANES * 2))) bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return (Vec)(__builtin_convertvector(bits, Ints) << 16);
+}
+inline Vec load(const int8_t* from) {
+  int8_t __attribute__((vector_size(LANES))) bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Vec);
+}
+#endif
 inline void store(float* to, Vec v) { *reinterpret_cast<Loose*>(to) = v; }
 inline Vec all(float x) { return x - Vec{}; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
@@ -74,8 +111,8 @@ struct Left {  // element (i, k) lies at data[i * row + k * column]
 
 // One tile of C = A B, or C += A B: R rows, W vectors wide. Never part of its caller, whose other
 // values would leave it too few registers.
-template <int R, int W>
-__attribute__((noinline)) void tile(bool add, int64_t depth, Left a, const float* b, int64_t b_row,
+template <int R, int W, typename Element>
+__attribute__((noinline)) void tile(bool add, int64_t depth, Left a, const Element* b, int64_t b_row,
                                     float* c, int64_t c_row) {
   Vec sums[R][W];
   for (int i = 0; i < R; ++i)
@@ -98,8 +135,8 @@ __attribute__((noinline)) void tile(bool add, int64_t depth, Left a, const float
 }
 
 // A strip of C, W vectors wide: R rows at a time, then what is left in halves of R.
-template <int R, int W>
-void strip(bool add, int64_t rows, int64_t depth, Left a, const float* b, int64_t b_row, float* c,
+template <int R, int W, typename Element>
+void strip(bool add, int64_t rows, int64_t depth, Left a, const Element* b, int64_t b_row, float* c,
            int64_t c_row) {
   int64_t i = 0;
   for (; i + R <= rows; i += R)
@@ -110,17 +147,20 @@ void strip(bool add, int64_t rows, int64_t depth, Left a, const float* b, int64_
                       c + i * c_row, c_row);
 }
 
-// C[rows, cols] = (add ? C : 0) + A[rows, depth] B[depth, cols]; cols is a multiple of LANES.
-void matmul(bool add, int64_t rows, int64_t depth, int64_t cols, Left a, const float* b,
+// C[rows, cols] = (add ? C : 0) + A[rows, depth] B[depth, cols]; cols is a multiple of LANES. MOST:
+// the most rows there will be, so that no more is compiled.
+template <int MOST = ACCUMULATORS, typename Element>
+void matmul(bool add, int64_t rows, int64_t depth, int64_t cols, Left a, const Element* b,
             int64_t b_row, float* c, int64_t c_row) {
+  constexpr int widest = std::min(MOST, ACCUMULATORS / WIDEST), rest = std::min(MOST, ACCUMULATORS / 2);
   int64_t j = 0;
   for (; j + WIDEST * LANES <= cols; j += WIDEST * LANES)
-    strip<ACCUMULATORS / WIDEST, WIDEST>(add, rows, depth, a, b + j, b_row, c + j, c_row);
+    strip<widest, WIDEST>(add, rows, depth, a, b + j, b_row, c + j, c_row);
   if constexpr (WIDEST > 2)
     for (; j + 2 * LANES <= cols; j += 2 * LANES)
-      strip<ACCUMULATORS / 2, 2>(add, rows, depth, a, b + j, b_row, c + j, c_row);
+      strip<rest, 2>(add, rows, depth, a, b + j, b_row, c + j, c_row);
   for (; j < cols; j += LANES)
-    strip<ACCUMULATORS / 2, 1>(add, rows, depth, a, b + j, b_row, c + j, c_row);
+    strip<rest, 1>(add, rows, depth, a, b + j, b_row, c + j, c_row);
 }
 
 template <int FROM, int... I>  // lanes FROM, FROM + 1, .. of a and of b in turns
@@ -159,6 +199,30 @@ inline Vec lane_sums(Vec (&rows)[LANES]) {
     return rows[0];
 }
 
+// out[s] = <row, in[s]> for `count` rows s of `dims`, a multiple of LANES: a matmul for one row, without a
+// transpose. Reads strictly upwards: in any other order, or inlined where GCC mixes in other loads, the
+// processor does not see a stream, and memory comes at two thirds of its speed (docs/log.md).
+template <typename Element>
+__attribute__((noinline)) void dot_rows(const float* row, const Element* in, int64_t count,
+                                        int64_t dims, float* out) {
+  int64_t s = 0;
+  for (; s + LANES <= count; s += LANES) {
+    Vec products[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) {
+      products[i] = Vec{};
+      for (int64_t d = 0; d < dims; d += LANES)
+        products[i] += load(row + d) * load(in + (s + i) * dims + d);
+    }
+    store(out + s, lane_sums(products));
+  }
+  for (; s < count; ++s) {
+    Vec product{};
+    for (int64_t d = 0; d < dims; d += LANES) product += load(row + d) * load(in + s * dims + d);
+    out[s] = sum(product);
+  }
+}
+
 // Memory that will be read soon, asked for a few lines at a time, into the second cache: the first has
 // too few slots for lines on their way, and what was asked for would hold up what is needed now.
 struct Ahead {
@@ -168,24 +232,6 @@ struct Ahead {
     for (; lines > 0 && bytes > 0; --lines, from += 64, bytes -= 64) __builtin_prefetch(from, 0, 2);
   }
 };
-
-// out[s] = (add ? out[s] : 0) + <row, in[s]> for BLOCK rows s of `dims`, a multiple of LANES: a matmul
-// for one row, without the transpose. Fetches what is ahead.
-void dot_rows(bool add, const float* row, const float* in, int64_t dims, float* out, Ahead* keys,
-              Ahead* values) {
-  for (int64_t s = 0; s < BLOCK; s += LANES) {
-    Vec products[LANES] = {};
-    for (int64_t d = 0; d < dims; d += LANES) {
-      const Vec left = load(row + d);
-#pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i) {
-        keys->fetch(1), values->fetch(1);
-        products[i] += left * load(in + (s + i) * dims + d);
-      }
-    }
-    store(out + s, lane_sums(products) + (add ? load(out + s) : Vec{}));
-  }
-}
 
 // out[d, s] = in[s, d] for BLOCK rows s and `dims` columns d, a multiple of LANES; fetches what is ahead.
 void transpose(const float* in, int64_t in_row, int64_t dims, float* out, Ahead* keys = nullptr,
