@@ -43,13 +43,13 @@ def read(stored: Stored) -> np.ndarray:
 @pytest.mark.parametrize('dtype', cache_lib.DTYPES)
 @pytest.mark.parametrize(
   ('groups', 'dims', 'length'),
-  [(1, 24, 3), (2, 32, 1), (4, 7, 2), (4, 32, 1), (4, 7, 1), (4, 80, 1)],
+  [(1, 24, 3), (2, 32, 1), (4, 7, 2), (4, 32, 1), (4, 7, 1), (4, 80, 1), (1, 32, 2)],
 )
 def test_a_long_cache_is_read_whole_and_no_further(dtype, groups, dims, length):
   slots, batch, heads = 4200, 3, 4  # three splits, the last of them with a broken block
   rng = np.random.default_rng(0)
   # Queries at the first slot, on both sides of a split's edge, and at the end.
-  last = np.array([length - 1, 2048 + length // 2, slots - 1])
+  last = np.array([length - 1, 2048 + (length - 1) // 2, slots - 1])
   positions = last[:, None] + np.arange(length) - (length - 1)
   queries = rng.standard_normal((batch, length, heads, dims)).astype(np.float32)
   wide = [rng.standard_normal((batch, groups, slots, dims)).astype(np.float32) for _ in range(2)]

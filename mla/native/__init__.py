@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -77,7 +78,7 @@ def _build() -> Path:
     raise OSError(f'there is no C++ compiler {asked[0]} on the PATH')
   command = [*asked, *FLAGS, f'-isystem{jax.ffi.include_dir()}']
   sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
-  identity = [*command, jax.__version__, _processor(), _version(asked), *sources]
+  identity = [*command, jax.__version__, _processor(), _run([*asked, '--version']), *sources]
   name = hashlib.sha256('\n'.join(identity).encode()).hexdigest()[:20]
   library = LIBRARIES.expanduser() / f'{name}.so'
   if not library.exists():
@@ -85,19 +86,19 @@ def _build() -> Path:
     # Built aside and moved into place whole, as several processes may do this at once.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
       made = Path(folder) / library.name
-      subprocess.run(
-        [*command, *map(str, SOURCES), '-o', str(made)],
-        check=True,
-        capture_output=True,
-        text=True,
-      )
+      objects = [Path(folder) / f'{source.stem}.o' for source in SOURCES]
+      jobs = [
+        [*command, '-c', source, '-o', of] for source, of in zip(SOURCES, objects, strict=True)
+      ]
+      with ThreadPoolExecutor(len(jobs)) as threads:
+        list(threads.map(_run, jobs))
+      _run([*command, *objects, '-o', made])
       made.replace(library)
   return library
 
 
-def _version(compiler: Sequence[str]) -> str:
-  asking = [*compiler, '--version']
-  return subprocess.run(asking, check=True, capture_output=True, text=True).stdout
+def _run(command: Sequence[str | Path]) -> str:
+  return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _processor() -> str:

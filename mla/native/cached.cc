@@ -5,6 +5,7 @@
 namespace {
 
 constexpr int64_t SPLIT = 2048;  // cache slots one task reads
+constexpr int64_t FEW = 8;       // queries of a key head; for more a transpose of the slots pays
 
 struct Stored {  // values [B K, S, dims] in the cache's dtype, and for int8 scales [B K, S]
   const uint8_t* data;
@@ -21,16 +22,21 @@ Stored stored_of(ffi::AnyBuffer values, ffi::AnyBuffer scales, int64_t B) {
           values.element_type(), shape[0] / B, shape[1], shape[2]};
 }
 
-// run(the slots of one head from s on, as the elements they are)
+template <typename Element>
+const Element* slots_of(const Stored& stored, int64_t b, int64_t k, int64_t s) {
+  return reinterpret_cast<const Element*>(stored.data) +
+         ((b * stored.K + k) * stored.S + s) * stored.dims;
+}
+
+// run(an element of that dtype)
 template <typename Run>
-void with_slots(const Stored& stored, int64_t b, int64_t k, int64_t s, const Run& run) {
-  const int64_t first = ((b * stored.K + k) * stored.S + s) * stored.dims;
-  if (stored.dtype == ffi::DataType::F32)
-    run(reinterpret_cast<const float*>(stored.data) + first);
-  else if (stored.dtype == ffi::DataType::BF16)
-    run(reinterpret_cast<const uint16_t*>(stored.data) + first);
+void with_element(ffi::DataType dtype, const Run& run) {
+  if (dtype == ffi::DataType::F32)
+    run(float{});
+  else if (dtype == ffi::DataType::BF16)
+    run(uint16_t{});
   else
-    run(reinterpret_cast<const int8_t*>(stored.data) + first);
+    run(int8_t{});
 }
 
 inline float widen(float x) { return x; }
@@ -60,10 +66,11 @@ void widen_slots(const Element* __restrict from, int64_t count, int64_t dims, fl
 const float* read_slots(const Stored& stored, int64_t b, int64_t k, int64_t s, int64_t count,
                         float* buffer, int64_t row, Ahead* ahead) {
   const float* slots = buffer;
-  with_slots(stored, b, k, s, [&](const auto* from) {
+  with_element(stored.dtype, [&](auto element) {
+    const auto* from = slots_of<decltype(element)>(stored, b, k, s);
     const int64_t bytes = BLOCK * stored.dims * sizeof *from;
     *ahead = {reinterpret_cast<const uint8_t*>(from) + bytes, bytes};
-    if constexpr (std::is_same_v<decltype(from), const float*>)
+    if constexpr (std::is_same_v<decltype(element), float>)
       if (stored.dims == row && count == BLOCK) {
         slots = from;
         return;
@@ -88,31 +95,55 @@ struct Cached {
   int64_t B, T, H, K, splits, v_row, rows;
 };
 
-// Slots s .. end for one query, its parts in `rows`: all keys, then the softmax, then all values. Each
-// array is read as a stream, at the speed of memory, which is the limit here.
-void read_for_one(const Cached& c, int64_t b, int64_t k, int64_t s, int64_t end,
+// Makes scores of slots s .. s + count weights, as far as query r sees them; the softmax goes on.
+float to_weights(const Cached& c, int64_t b, int64_t k, int64_t s, int64_t count, int64_t r,
+                 Running* running, float* row) {
+  const int64_t position = c.positions[b * c.T + r / (c.H / c.K)];
+  const int64_t seen = std::clamp<int64_t>(position + 1 - s, 0, count), cols = padded(count);
+  if (seen == 0) {  // a query earlier than all of these
+    std::memset(row, 0, sizeof(float) * cols);
+    return 1;
+  }
+  for (int64_t i = seen; i < cols; ++i) row[i] = NONE;
+  const float shrink = running[r].take(row, cols);
+  if (c.values.scales) times_scales(row, c.values, b, k, s, count);
+  return shrink;
+}
+
+// Slots s .. end for at most FEW queries: all keys, then the softmax, then all values. Each array is
+// read as a stream, at the speed of memory, which is the limit for few queries.
+template <typename Element>
+void read_for_few(const Cached& c, int64_t b, int64_t k, int64_t s, int64_t end,
                   const std::vector<float*>& rows, Scratch& scratch, Running* running,
                   float* mixed) {
   const int64_t count = end - s;
-  float* scores = scratch.take(SPLIT);
-  float* part_scores = scratch.take(SPLIT);
-  for (size_t part = 0; part < c.keys.size(); ++part) {
+  float* scores = scratch.take(c.rows * SPLIT);
+  float* part_scores = scratch.take(c.rows * SPLIT);
+  const auto pair = [&](size_t part) {
     const Stored& key = c.keys[part];
-    float* into = part == 0 ? scores : part_scores;
-    with_slots(key, b, k, s, [&](const auto* slots) {
-      dot_rows(rows[part], slots, count, key.dims, into);
-    });
-    if (key.scales) times_scales(into, key, b, k, s, count);
-    for (int64_t i = 0; part > 0 && i < count; ++i) scores[i] += into[i];
+    return Pair<Element>{rows[part], slots_of<Element>(key, b, k, s), key.dims};
+  };
+  if (c.keys.size() == 2 && !c.keys[0].scales) {
+    Pair<Element> both[] = {pair(0), pair(1)};
+    dots(c.rows, both, count, scores, SPLIT);
+  } else {
+    for (size_t part = 0; part < c.keys.size(); ++part) {
+      float* into = part == 0 ? scores : part_scores;
+      Pair<Element> one[] = {pair(part)};
+      dots(c.rows, one, count, into, SPLIT);
+      for (int64_t r = 0; r < c.rows; ++r) {
+        float *of_part = into + r * SPLIT, *total = scores + r * SPLIT;
+        if (c.keys[part].scales) times_scales(of_part, c.keys[part], b, k, s, count);
+        for (int64_t i = 0; part > 0 && i < count; ++i) total[i] += of_part[i];
+      }
+    }
   }
-  for (int64_t i = count; i < padded(count); ++i) scores[i] = NONE;
-  running->take(scores, padded(count));
-  if (c.values.scales) times_scales(scores, c.values, b, k, s, count);
-  with_slots(c.values, b, k, s, [&](const auto* slots) {
-    for (int64_t i = 0; i < count; i += BLOCK)  // of wide values the second half is read from cache
-      matmul<1>(true, 1, std::min<int64_t>(BLOCK, count - i), c.v_row, {scores + i, 0, 1},
-                slots + i * c.v_row, c.v_row, mixed, c.v_row);
-  });
+  for (int64_t r = 0; r < c.rows; ++r)
+    to_weights(c, b, k, s, count, r, running, scores + r * SPLIT);
+  const Element* values = slots_of<Element>(c.values, b, k, s);
+  for (int64_t i = 0; i < count; i += BLOCK)  // wide values' last columns are then read from cache
+    matmul<FEW>(true, c.rows, std::min<int64_t>(BLOCK, count - i), c.v_row, {scores + i, SPLIT, 1},
+                values + i * c.v_row, c.v_row, mixed, c.v_row);
 }
 
 // Slots s .. end for all queries, a block at a time.
@@ -150,18 +181,9 @@ void read_for_many(const Cached& c, int64_t b, int64_t k, int64_t s, int64_t end
         }
       }
     }
-    for (int64_t r = 0; r < c.rows; ++r) {
-      float* row = scores + r * BLOCK;
-      const int64_t position = c.positions[b * c.T + r / (c.H / c.K)];
-      const int64_t seen = std::clamp<int64_t>(position + 1 - s, 0, count);
-      for (int64_t i = seen; i < BLOCK; ++i) row[i] = NONE;
-      if (seen == 0) {  // a query earlier than this whole block
-        std::memset(row, 0, sizeof(float) * BLOCK);
-        continue;
-      }
-      shrink_row(mixed + r * c.v_row, c.v_row, running[r].take(row, BLOCK));
-      if (c.values.scales) times_scales(row, c.values, b, k, s, count);
-    }
+    for (int64_t r = 0; r < c.rows; ++r)
+      shrink_row(mixed + r * c.v_row, c.v_row,
+                 to_weights(c, b, k, s, count, r, running, scores + r * BLOCK));
     matmul(true, c.rows, count, c.v_row, {scores, BLOCK, 1}, values, c.v_row, mixed, c.v_row);
   }
 }
@@ -179,11 +201,12 @@ void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* r
 
   Scratch scratch;
   const int64_t group = c.H / c.K;
-  bool whole = c.values.dims == c.v_row;  // no array's slots need padding to vectors
+  bool whole = c.values.dims == c.v_row;  // slots of whole vectors and one dtype
+  for (const Stored& key : c.keys)
+    whole &= key.dims == padded(key.dims) && key.dtype == c.values.dtype;
   std::vector<float*> rows;
   for (const Heads& part : c.queries) {
     const int64_t row = padded(part.dims);
-    whole &= row == part.dims;
     rows.push_back(scratch.take(c.rows * row));
     std::memset(rows.back(), 0, sizeof(float) * c.rows * row);  // beyond a query's dims too
     for (int64_t t = 0; t < c.T; ++t)
@@ -191,8 +214,11 @@ void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* r
         copy_scaled(part.at(b, t, k * group + g), part.dims, c.scale,
                     rows.back() + (t * group + g) * row);
   }
-  const auto read = c.rows == 1 && whole ? read_for_one : read_for_many;  // one: MHA, token by token
-  read(c, b, k, start, end, rows, scratch, running, mixed);
+  if (c.rows > FEW || !whole)
+    return read_for_many(c, b, k, start, end, rows, scratch, running, mixed);
+  with_element(c.values.dtype, [&](auto element) {
+    read_for_few<decltype(element)>(c, b, k, start, end, rows, scratch, running, mixed);
+  });
 }
 
 // Arguments: queries, then per key its values and scales, then those of the values, then positions.

@@ -149,10 +149,11 @@ void strip(bool add, int64_t rows, int64_t depth, Left a, const Element* b, int6
 
 // C[rows, cols] = (add ? C : 0) + A[rows, depth] B[depth, cols]; cols is a multiple of LANES. MOST:
 // the most rows there will be, so that no more is compiled.
-template <int MOST = ACCUMULATORS, typename Element>
+template <int64_t MOST = ACCUMULATORS, typename Element>
 void matmul(bool add, int64_t rows, int64_t depth, int64_t cols, Left a, const Element* b,
             int64_t b_row, float* c, int64_t c_row) {
-  constexpr int widest = std::min(MOST, ACCUMULATORS / WIDEST), rest = std::min(MOST, ACCUMULATORS / 2);
+  constexpr int widest = std::min<int>(MOST, ACCUMULATORS / WIDEST);
+  constexpr int rest = std::min<int>(MOST, ACCUMULATORS / 2);
   int64_t j = 0;
   for (; j + WIDEST * LANES <= cols; j += WIDEST * LANES)
     strip<widest, WIDEST>(add, rows, depth, a, b + j, b_row, c + j, c_row);
@@ -199,28 +200,58 @@ inline Vec lane_sums(Vec (&rows)[LANES]) {
     return rows[0];
 }
 
-// out[s] = <row, in[s]> for `count` rows s of `dims`, a multiple of LANES: a matmul for one row, without a
-// transpose. Reads strictly upwards: in any other order, or inlined where GCC mixes in other loads, the
-// processor does not see a stream, and memory comes at two thirds of its speed (docs/log.md).
 template <typename Element>
-__attribute__((noinline)) void dot_rows(const float* row, const Element* in, int64_t count,
-                                        int64_t dims, float* out) {
+struct Pair {  // rows of queries, and of slots, of `dims` elements, a multiple of LANES
+  const float* queries;
+  const Element* slots;
+  int64_t dims;
+};
+
+// out[q, s] = the sum over the pairs of <queries[q], slots[s]>, for Q queries and `count` slots: a matmul
+// for few rows, without a transpose. Slots are read strictly upwards and sums kept apart until a slot is
+// done: the processor is then quick to see the stream. The same sums with rows of a column in turns, or
+// inlined into a caller, come at two thirds of memory's speed (docs/log.md).
+template <int Q, int PAIRS, typename Element>
+__attribute__((noinline)) void dot_rows(const Pair<Element> (&pairs)[PAIRS], int64_t count,
+                                        float* out, int64_t out_row) {
+  constexpr int at_once = LANES / Q;
   int64_t s = 0;
-  for (; s + LANES <= count; s += LANES) {
+  for (; s + at_once <= count; s += at_once) {
     Vec products[LANES];
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) {
-      products[i] = Vec{};
-      for (int64_t d = 0; d < dims; d += LANES)
-        products[i] += load(row + d) * load(in + (s + i) * dims + d);
+    for (int i = 0; i < at_once; ++i) {
+      Vec sums[Q] = {};
+      for (const auto [queries, slots, dims] : pairs)
+        for (int64_t d = 0; d < dims; d += LANES) {
+          const Vec slot = load(slots + (s + i) * dims + d);
+          for (int q = 0; q < Q; ++q) sums[q] += load(queries + q * dims + d) * slot;
+        }
+      for (int q = 0; q < Q; ++q) products[q * at_once + i] = sums[q];
     }
-    store(out + s, lane_sums(products));
+    float sums[LANES];
+    store(sums, lane_sums(products));
+    for (int q = 0; q < Q; ++q)
+      std::memcpy(out + q * out_row + s, sums + q * at_once, at_once * sizeof(float));
   }
-  for (; s < count; ++s) {
-    Vec product{};
-    for (int64_t d = 0; d < dims; d += LANES) product += load(row + d) * load(in + s * dims + d);
-    out[s] = sum(product);
+  for (; s < count; ++s)
+    for (int q = 0; q < Q; ++q) {
+      Vec product{};
+      for (const auto [queries, slots, dims] : pairs)
+        for (int64_t d = 0; d < dims; d += LANES)
+          product += load(queries + q * dims + d) * load(slots + s * dims + d);
+      out[q * out_row + s] = sum(product);
+    }
+}
+
+// The same for any number of queries: four at a time, then what is left in halves. Moves the pairs on.
+template <int Q = 4, int PAIRS, typename Element>
+void dots(int64_t queries, Pair<Element> (&pairs)[PAIRS], int64_t count, float* out,
+          int64_t out_row) {
+  for (; queries >= Q; queries -= Q, out += Q * out_row) {
+    dot_rows<Q>(pairs, count, out, out_row);
+    for (auto& pair : pairs) pair.queries += Q * pair.dims;
   }
+  if constexpr (Q > 1) dots<Q / 2>(queries, pairs, count, out, out_row);
 }
 
 // Memory that will be read soon, asked for a few lines at a time, into the second cache: the first has
