@@ -4,15 +4,17 @@ python -m bench.decode_growth [--variants=mha,gqa,mqa,mla] [--dtypes=float32,bfl
                               [--contexts=512,2048,8192,32768] [--batches=1,8,32] [--json=FILE]
 
 The caches are filled with noise, for a step's time does not depend on what it reads. The contexts
-take turns. `read` is a plain read of as many bytes: it grows faster than they do where the smaller
-cache fits the processor's own caches and the larger does not. `bytes accessed` are of the compiled
-step on one device: XLA's count, which leaves out what C++ reads, and the arrays that the program
-hands to mla/native's cached attention, which goes through each once. There is no peer;
-bench.decode has one.
+take turns; times are medians, and growth is the median of the ratios within a turn, or a memory
+whose speed jumps would decide. `read` is a plain read of as many bytes: it grows faster than they
+do where the smaller cache fits the processor's own caches and the larger does not. `bytes accessed`
+are of the compiled step on one device: XLA's count, which leaves out what C++ reads, and the arrays
+that the program hands to mla/native's cached attention, MLA's latent twice, as keys and as values.
+There is no peer; bench.decode has one.
 """
 
 import math
 import re
+from statistics import median
 from typing import Any
 
 from bench import harness
@@ -60,13 +62,13 @@ BYTES = {'f32': 4, 'bf16': 2, 's8': 1, 's32': 4}
 
 
 def bytes_handed_over(program: str) -> int:
-  """Bytes of all arrays given to mla/native's cached attention, each once a call."""
+  """Bytes of all arrays given to mla/native's cached attention; MLA's latent is key and value."""
   total = 0
   for call in re.findall(r'custom-call\(.*"mla_cached_forward".*', program):
-    names = re.sub(r'/\*.*?\*/', '', call[call.index('(') + 1 : call.index(')')]).split(', ')
+    operands = call[: call.index(')')].count('%')
     shapes = re.findall(r'(\w+)\[([\d,]*)\]', call[call.index('operand_layout_constraints') :])
     sizes = [BYTES[kind] * math.prod(map(int, dims.split(','))) for kind, dims in shapes]
-    total += sum(dict(zip(names, sizes, strict=False)).values())
+    total += sum(sizes[:operands])
   return total
 
 
@@ -79,7 +81,7 @@ def rows_of(case: dict, results: dict) -> list[dict]:
         'variant': case['variant'],
         'what': f'decode, batch {batch}, context {context}, {case["cache_dtype"]} cache',
         'unit': 'ms/token',
-        'ours': figures['ms_per_token'],
+        'ours': median(figures['turns_ms']),
         'peer': None,
         'ratio': None,
         'batch': batch,
@@ -96,11 +98,13 @@ def table(case: dict, results: dict) -> str:
   first, last = case['contexts'][-2:] if len(case['contexts']) > 1 else case['contexts'] * 2
   for batch in case['batches']:
     of = {context: results[f'{batch} x {context}'] for context in case['contexts']}
-    times = '  '.join(f'{of[context]["ms_per_token"]:9.2f}' for context in of)
-    time = of[last]['ms_per_token'] / of[first]['ms_per_token']
+    times = '  '.join(f'{median(of[context]["turns_ms"]):9.2f}' for context in of)
+    time, read = (
+      median(b / a for a, b in zip(of[first][name], of[last][name], strict=True))
+      for name in ('turns_ms', 'turns_read_ms')
+    )
     size = of[last]['cache_bytes'] / of[first]['cache_bytes']
-    read = of[last]['read_ms'] / of[first]['read_ms']
-    speed = of[last]['cache_bytes'] / of[last]['ms_per_token'] / 1e6
+    speed = of[last]['cache_bytes'] / median(of[last]['turns_ms']) / 1e6
     lines.append(
       f'{case["variant"]:4}  {case["cache_dtype"]:8}  batch {batch:2}  {times}  '
       f'time x {time:.2f}  bytes x {size:.2f}  read x {read:.2f}  {speed:.1f} GB/s'

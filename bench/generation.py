@@ -3,6 +3,7 @@
 import importlib
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,11 +53,12 @@ def noise_cache(model: Decoder, batch: int, context: int, dtype: str) -> Cache:
 
 def time_generation(
   model: Decoder, starts: list[tuple[Cache, Int[Array, ' B']]]
-) -> list[tuple[dict[str, float], list[np.ndarray]]]:
+) -> list[tuple[dict[str, Any], list[np.ndarray]]]:
   """For each (cache, first token): figures, and the tokens [B, STEPS] of each measurement.
 
-  The starts take turns, so that a machine whose speed drifts is as fast for all of them; the best
-  measurement of each counts. `read_ms` is the same for a plain read of as many bytes by all cores.
+  The starts take turns, so that a machine whose speed drifts is as fast for all of them.
+  `ms_per_token` is the best measurement, `turns_ms` has all; `read_ms` and `turns_read_ms` are the
+  same for a plain read of as many bytes by all cores.
   """
 
   def generate(model: Decoder, cache: Cache, token: Array):
@@ -69,7 +71,7 @@ def time_generation(
     return cache, token, tokens.T
 
   loops, sizes = [], [cache.nbytes() for cache, _ in starts]
-  figures: list[dict[str, float]] = []
+  figures: list[dict[str, Any]] = []
   for state in starts:
     began = time.perf_counter()
     kept = jax.tree.map(lambda array: array.sharding, state)  # so that it can be called again
@@ -91,8 +93,9 @@ def time_generation(
       generated[i].append(np.asarray(tokens))
       reads[i].append(time_to_read(sizes[i]))
   for i, of in enumerate(figures):
-    best = {'ms_per_token': 1e3 * min(times[i][1:]), 'read_ms': 1e3 * min(reads[i][1:])}
-    of |= {**best, 'cache_bytes': sizes[i]}
+    of['turns_ms'], of['turns_read_ms'] = ([1e3 * t for t in x[i][1:]] for x in (times, reads))
+    of['ms_per_token'], of['read_ms'] = min(of['turns_ms']), min(of['turns_read_ms'])
+    of['cache_bytes'] = sizes[i]
   return list(zip(figures, generated, strict=True))
 
 

@@ -55,7 +55,7 @@ def test_decode_growth_measures_each_context(tmp_path):
   assert all(row['ms_per_token'] > 0 and row['read_ms'] > 0 for row in written['rows'])
 
 
-def test_bytes_handed_over_count_each_array_once_a_call():
+def test_bytes_handed_over_count_an_array_as_often_as_it_is_given():
   call = (
     '%out.{n} = f32[2,1,4,8] custom-call(%query, %latent, %none, %rope, %none, /*index=5*/%latent, '
     '%positions), custom_call_target="mla_cached_forward", operand_layout_constraints={{'
@@ -64,5 +64,5 @@ def test_bytes_handed_over_count_each_array_once_a_call():
   )
   other = '%x = f32[9] custom-call(%y), custom_call_target="mla_append"'
   program = '\n'.join([call.format(n=1), other, call.format(n=2)])
-  each = 4 * 64 + 2 * 1600 + 2 * 800 + 4 * 2
+  each = 4 * 64 + 2 * 1600 + 2 * 800 + 2 * 1600 + 4 * 2  # the latent as key and as value
   assert decode_growth.bytes_handed_over(program) == 2 * each

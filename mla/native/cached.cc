@@ -1,5 +1,5 @@
 // Attention through a cache, and writing to one. XLA's CPU backend converts a bfloat16 or int8 cache in
-// memory before it reads it; here each cached element is read once, in the dtype in which it lies.
+// memory before it reads it; here it comes from memory once, in the dtype in which it lies.
 #include "attention.h"
 
 namespace {
