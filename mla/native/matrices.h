@@ -228,10 +228,10 @@ __attribute__((noinline)) void dot_rows(const Pair<Element> (&pairs)[PAIRS], int
         }
       for (int q = 0; q < Q; ++q) products[q * at_once + i] = sums[q];
     }
-    float sums[LANES];
-    store(sums, lane_sums(products));
+    float scores[LANES];
+    store(scores, lane_sums(products));
     for (int q = 0; q < Q; ++q)
-      std::memcpy(out + q * out_row + s, sums + q * at_once, at_once * sizeof(float));
+      std::memcpy(out + q * out_row + s, scores + q * at_once, at_once * sizeof(float));
   }
   for (; s < count; ++s)
     for (int q = 0; q < Q; ++q) {
