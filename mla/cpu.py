@@ -60,6 +60,8 @@ def keep_freed_memory() -> None:
     libc.mallopt(parameter, value)
   libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
   block = libc.malloc(ctypes.c_size_t(HEAP // 8))  # the heap grows now
+  if block is None:  # a limit on this process's memory
+    return
   libc.free(ctypes.c_void_p(block))
   start, end = -(-block // HUGE) * HUGE, libc.sbrk(0) // HUGE * HUGE
-  libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_HUGEPAGE)
+  libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, end - start)), MADV_HUGEPAGE)

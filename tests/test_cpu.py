@@ -52,9 +52,24 @@ print(asked / sum(sizes.values()))
 THP = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 
-@pytest.mark.skipif(not THP.exists() or '[never]' in THP.read_text(), reason='no huge pages here')
+@pytest.mark.skipif(not THP.exists(), reason='the kernel has no huge pages to ask for')
 def test_the_first_large_arrays_lie_where_huge_pages_are_asked_for():
   assert float(run(HUGE)) > 0.9
+
+
+SCARCE = """
+import re, resource
+from mla import cpu
+used = int(re.search(r'VmData:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + 2**26, used + 2**26))
+cpu.keep_freed_memory()
+print('went on')
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='glibc only')
+def test_where_the_heap_may_not_grow_it_goes_on_without():
+  assert run(SCARCE) == 'went on\n'
 
 
 def devices(call: str) -> int:

@@ -1,5 +1,7 @@
 // Attention through a cache, and writing to one. XLA's CPU backend converts a bfloat16 or int8 cache in
 // memory before it reads it; here it comes from memory once, in the dtype in which it lies.
+#include <type_traits>
+
 #include "attention.h"
 
 namespace {
