@@ -16,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from mla import files
 from mla.errors import UserError, first_line
 
 # May change when a run goes on: where it computes and what it writes, not what it learns.
@@ -147,7 +148,7 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
 
   Raises UserError if the folder holds something else, or a run that differs in a field that counts.
   """
-  path, draft = workdir / 'config.json', workdir / 'config.json.tmp'
+  path = workdir / 'config.json'
   if path.exists():
     there, here = identity(read_config(workdir)), identity(config)
     for name in sorted({*there, *here}):
@@ -157,29 +158,26 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
           'value to go on, or another --workdir'
         )
     return
-  # A draft alone is what a process killed in this function leaves.
-  if workdir.exists() and (not workdir.is_dir() or {*workdir.iterdir()} - {draft}):
+  if workdir.exists() and (not workdir.is_dir() or not all(map(files.is_draft, workdir.iterdir()))):
     raise UserError(
       f'--workdir={workdir}: is not empty and holds no config.json of a run; choose another folder'
     )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    draft.write_text(json.dumps(config.to_dict(), indent=2) + '\n')
-    os.replace(draft, path)
+    files.write_whole(path, json.dumps(config.to_dict(), indent=2) + '\n')
   except OSError as error:
-    raise UserError(
-      f'--workdir={workdir}: cannot be written ({error.strerror}); choose another'
+    raise files.cannot(
+      f'--workdir={workdir}: cannot be written', error, 'choose another'
     ) from error
 
 
 def read_config(workdir: Path) -> ConfigDict:
   """The config of the run in workdir; UserError if there is none or it cannot be read."""
   path = workdir / 'config.json'
-  if not path.is_file():
+  if not path.exists():
     raise UserError(f'--workdir={workdir}: no run there (config.json is missing); train one first')
-  try:
-    return ConfigDict(json.loads(path.read_text()))
-  except (ValueError, OSError, AttributeError) as error:  # AttributeError: JSON, but no dict
-    raise UserError(
-      f'{path}: cannot be read ({error}); restore it or train again elsewhere'
-    ) from error
+  cure = 'restore it or train again elsewhere'
+  found = files.read_json(path, cure)
+  if not isinstance(found, dict):
+    raise UserError(f'{path}: cannot be read as a config, for it is no JSON object; {cure}')
+  return ConfigDict(found)

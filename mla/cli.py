@@ -14,7 +14,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mla.errors import Diverged, UserError
+from mla.errors import Diverged, MachineError, UserError
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 1, 2, 143  # 143 = 128 + SIGTERM, as a shell says it
 COMPILATION_CACHE = Path('~/.cache/mla-lab/xla')
@@ -33,7 +33,7 @@ def config_name() -> str:
 def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
   """Parses the flags, calls main, and exits with its code (None is 0).
 
-  A UserError ends in one line on stderr and exit code 2, Diverged likewise with 1.
+  A UserError ends in one line on stderr and exit code 2, Diverged and MachineError likewise with 1.
   """
   argv = sys.argv if argv is None else argv
   log_plainly()
@@ -43,7 +43,7 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
     sys.exit(main() or 0)
   except UserError as error:
     sys.exit(_complain(error, EXIT_USER_ERROR))
-  except Diverged as error:
+  except (Diverged, MachineError) as error:
     sys.exit(_complain(error, EXIT_FAILED))
 
 

@@ -1,4 +1,4 @@
-"""The kinds of error a user is expected to meet."""
+"""The kinds of error a user is expected to meet, and the exit code of each."""
 
 
 class UserError(Exception):
@@ -8,10 +8,17 @@ class UserError(Exception):
   """
 
 
-def first_line(error: Exception) -> str:
-  """The start of what an exception of some library says, or its type if it says nothing."""
-  return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 class Diverged(Exception):
   """Training produced a loss that is not finite; the last good checkpoint is kept. Exit code 1."""
+
+
+class MachineError(Exception):
+  """The machine could not go on: no space left, a limit reached, too little memory. Exit code 1.
+
+  Nothing that was whole is lost; once the cause is mended, the same command goes on.
+  """
+
+
+def first_line(error: BaseException) -> str:
+  """The start of what an exception of some library says, or its type if it says nothing."""
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,13 +1,14 @@
 """What a run reports: metrics.jsonl (the truth), TensorBoard, and the terminal."""
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from mla import files
 
 
 class Metrics:
@@ -100,6 +101,4 @@ def _drop_after(path: Path, step: int) -> None:
   if not path.exists():
     return
   kept = [line for line in read(path) if line['step'] <= step]
-  draft = path.with_suffix('.tmp')
-  draft.write_text(''.join(json.dumps(line) + '\n' for line in kept))
-  os.replace(draft, path)
+  files.write_whole(path, ''.join(json.dumps(line) + '\n' for line in kept))

@@ -7,6 +7,7 @@ DIR/costs/         each arm's FLOPs and training memory; ray/ what Ray keeps; .l
 """
 
 import contextlib
+import io
 import json
 import os
 import platform
@@ -17,11 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 from ml_collections import ConfigDict
 
-from mla import cost, frontier, metrics
+from mla import cost, files, frontier, metrics
 from mla.data.pipeline import load_data
 from mla.errors import Diverged, UserError, first_line
 from mla.evaluate import score_run
@@ -71,7 +71,8 @@ def run_sweep(
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f'--workdir={folder}: {error.strerror}; choose another folder') from error
-  with _lease(folder / '.lock', wait=False):
+  busy = f'--workdir={folder}: another sweep is at work there; wait for it'
+  with files.lease(folder / '.lock', busy):
     results = Results(folder)
     results.check(trials)
     if tune_on_first_seed:
@@ -123,7 +124,7 @@ def run_trial(
   line = _line(trial)
   began = time.monotonic()
   with (
-    _lease(folder / 'trials' / f'{trial.name}.lock'),
+    files.lease(folder / 'trials' / f'{trial.name}.lock', '', wait=True),
     log.open('a') as out,
     contextlib.redirect_stdout(out),
     contextlib.redirect_stderr(out),
@@ -174,20 +175,6 @@ def failed_line(trial: Trial, error: str) -> dict[str, Any]:
   return {**_line(trial), 'status': 'failed', 'error': error}
 
 
-@contextlib.contextmanager
-def _lease(path: Path, wait: bool = True) -> Iterator[None]:
-  """Keeps every other process out; ends with the process that holds it, however that dies."""
-  try:
-    with filelock.FileLock(path, timeout=-1 if wait else 0):
-      yield
-  except filelock.Timeout as error:
-    raise UserError(
-      f'--workdir={path.parent}: another sweep is at work there; wait for it'
-    ) from error
-  except PermissionError as error:
-    raise UserError(f'{path}: {error.strerror}; choose another --workdir') from error
-
-
 def _tokens_per_second(workdir: Path) -> float:
   """Median of the logged rates; the first holds the start's."""
   lines = metrics.read(workdir / 'metrics.jsonl')
@@ -201,7 +188,7 @@ def _costs(trial: Trial, folder: Path) -> dict[str, Any]:
   path.parent.mkdir(exist_ok=True)
   if not path.exists():
     costs = cost.training_costs(trial.config, load_data(trial.config).tokenizer.vocab_size)
-    _replace(path, (json.dumps(costs) + '\n').encode())
+    files.write_whole(path, json.dumps(costs) + '\n')
   return json.loads(path.read_text())
 
 
@@ -241,19 +228,12 @@ class Results:
     windows = line.pop('window_nll', None)
     if windows is not None:
       self._windows[line['trial']] = np.asarray(windows, np.float32)
-      draft = self._windows_path.with_suffix('.tmp')
-      with draft.open('wb') as out:
-        np.savez_compressed(out, **self._windows)  # type: ignore[arg-type]
-      os.replace(draft, self._windows_path)
+      arrays = io.BytesIO()
+      np.savez_compressed(arrays, **self._windows)  # type: ignore[arg-type]
+      files.write_whole(self._windows_path, arrays.getvalue())
     self._lines[line['trial']] = line
     text = ''.join(json.dumps(line) + '\n' for line in self._lines.values())
-    _replace(self._path, text.encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-  draft = path.with_suffix(f'.{platform.node()}.{os.getpid()}.tmp')
-  draft.write_bytes(content)
-  os.replace(draft, path)
+    files.write_whole(self._path, text)
 
 
 class Progress:

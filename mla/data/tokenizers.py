@@ -6,7 +6,6 @@ which identifies it; and `byte_lengths` [vocab], the UTF-8 bytes that each token
 
 import hashlib
 import io
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Int
 
+from mla import files
 from mla.data import corpora
 from mla.errors import UserError
 
@@ -84,7 +84,12 @@ def make_tokenizer(spec: str, train_documents: Sequence[str], cache_dir: Path) -
     return BpeTokenizer(path.read_bytes())
   except (OSError, RuntimeError):  # not there, or not whole
     model = _train_bpe(train_documents, vocab)
-  _write_whole(path, model)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_whole(path, model)
+  except OSError as error:
+    doing = f'data.data_dir: cannot keep the tokenizer in {path.parent}'
+    raise files.cannot(doing, error, 'choose a folder that can be written') from error
   return BpeTokenizer(model)
 
 
@@ -119,16 +124,3 @@ def _sentences(documents: Sequence[str]) -> Iterator[str]:
   for document in documents:
     for line in re.split(f'[\n{SPACE}]', document):
       yield from (line[i : i + LONGEST_PIECE] for i in range(0, len(line), LONGEST_PIECE))
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f'.{os.getpid()}.tmp')
-    draft.write_bytes(content)
-    os.replace(draft, path)
-  except OSError as error:
-    raise UserError(
-      f'data.data_dir: cannot keep the tokenizer in {path.parent} ({error.strerror}); choose a '
-      'folder that can be written'
-    ) from error

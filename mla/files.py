@@ -1,0 +1,108 @@
+"""Files that are written whole or not at all, and read with one clear line where they cannot be.
+
+Nothing here follows a link out of the folder it writes to: a draft is a new file of its own, and
+taking its place replaces a link instead of writing to what the link names.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from mla.errors import MachineError, UserError
+
+# What no other path or value would cure: the machine lacks space, handles or memory.
+EXHAUSTED = {
+  errno.ENOSPC: 'no space is left',
+  errno.EDQUOT: 'the disk quota is used up',
+  errno.EFBIG: 'the limit on a file size is reached',
+  errno.EMFILE: 'the limit on open files is reached',
+  errno.ENFILE: 'the limit on open files is reached',
+  errno.ENOMEM: 'there is too little memory',
+  errno.EIO: 'the disk reports an error',
+  errno.ESTALE: 'the folder has gone',
+}
+
+
+def cannot(doing: str, error: OSError, cure: str) -> UserError | MachineError:
+  """The error to raise where the system refused: the machine's failure, or the user's to cure."""
+  if error.errno in EXHAUSTED:
+    return MachineError(f'{doing}: {EXHAUSTED[error.errno]}; mend that, then run the same again')
+  return UserError(f'{doing} ({error.strerror or error}); {cure}')
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+  """Replaces `path` in one step; raises OSError with what was there left as it was.
+
+  A link at `path` is replaced, not followed. Several processes may write the same path at once.
+  """
+  raw = content.encode() if isinstance(content, str) else content
+  draft = path.with_name(f'.{secrets.token_hex(8)}.draft')
+  try:
+    # O_EXCL: never what somebody put there, be it a file or a link.
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    with os.fdopen(descriptor, 'wb') as file:
+      file.write(raw)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(draft, path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      draft.unlink()
+    raise
+
+
+def is_draft(path: Path) -> bool:
+  """Whether this is what a process killed in write_whole leaves behind."""
+  return re.fullmatch(r'\.[0-9a-f]{16}\.draft', path.name) is not None
+
+
+def read_bytes(path: Path, cure: str) -> bytes:
+  """A regular file's bytes; UserError that names it, and ends with the cure, if they can't be had.
+
+  A pipe or a device, which might never end, is refused.
+  """
+  try:
+    if path.exists() and not path.is_file():
+      raise UserError(f'{path}: is not a regular file; {cure}')
+    return path.read_bytes()
+  except OSError as error:
+    raise cannot(f'{path}: cannot be read', error, cure) from error
+
+
+def read_json(path: Path, cure: str) -> Any:
+  """A file's JSON; UserError as read_bytes, also for text that is no JSON or nested without end."""
+  try:
+    return json.loads(read_bytes(path, cure).decode())
+  except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
+    reason = 'nested too deeply' if isinstance(error, RecursionError) else str(error)
+    raise UserError(f'{path}: is not whole JSON ({reason}); {cure}') from error
+
+
+@contextlib.contextmanager
+def lease(path: Path, busy: str, *, wait: bool = False) -> Iterator[None]:
+  """Holds the lock file `path`, keeping every other process out; ends however its holder dies.
+
+  Raises UserError `busy` if another holds it, unless it is to wait. `path` is no link: what it
+  would name is not ours to make.
+  """
+  if path.is_symlink():
+    raise UserError(f'{path}: is a link, and a lock must be a file of its own; remove it')
+  lock = filelock.FileLock(path, timeout=-1 if wait else 0)
+  try:
+    lock.acquire()
+  except filelock.Timeout as error:
+    raise UserError(busy) from error
+  except OSError as error:
+    raise cannot(f'{path}: cannot be locked', error, 'choose another folder') from error
+  try:
+    yield
+  finally:
+    lock.release()
