@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
-from mla import cli, cpu, evaluate, plots, report
+from mla import backends, cli, evaluate, plots, report
 from mla.errors import UserError
 
 WORKDIRS = flags.DEFINE_multi_string('workdir', [], 'a run; give it again for each further one')
@@ -22,8 +22,7 @@ def main() -> None:
     raise UserError('--workdir: which run? e.g. --workdir=runs/mla_small')
   cli.check_writable('json', JSON.value)
   cli.check_writable('plot', PLOT.value, endings=('.png', '.pdf', '.svg'))
-  cpu.use_cores(evaluate.BATCH)
-  cpu.keep_freed_memory()
+  backends.prepare(evaluate.BATCH)
   runs = [
     evaluate.evaluate_run(Path(workdir), CACHE_DTYPE.value, say=print) for workdir in WORKDIRS.value
   ]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from mla import cli, cpu, frontier, ray_engine, report, sweep, trials
+from mla import backends, cli, frontier, ray_engine, report, sweep, trials
 from mla.errors import UserError
 
 CONFIG = cli.define_config('--config=configs/mla_small.py')
@@ -58,8 +58,7 @@ def main() -> int:
   if not MARGIN.value >= 0:
     raise UserError(f'--margin={MARGIN.value}: must be 0 or positive')
   rows = math.gcd(*(t.config.batch_size // t.config.accumulation_steps for t in todo))
-  cpu.use_cores(rows, mesh=CONFIG.value.mesh.to_dict())
-  cpu.keep_freed_memory()
+  backends.prepare(rows, mesh=CONFIG.value.mesh.to_dict())
   folder = Path(WORKDIR.value)
   engine = make_engine()
   trials.check(todo, folder, on_these_devices=ENGINE.value == 'local')
@@ -82,7 +81,7 @@ def make_engine() -> sweep.Engine:
       if flag.value:
         raise UserError(f'--{flag.name}={flag.value}: is for --engine=ray')
     return sweep.local
-  resources = {'cpu': float(cpu.core_count())}
+  resources = {'cpu': float(backends.core_count())}
   if RESOURCES.value:
     try:
       pairs = (part.split('=') for part in RESOURCES.value.split(','))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from mla import cli, config, cpu
+from mla import backends, cli, config
 from mla.errors import UserError
 from mla.train import train_and_evaluate
 
@@ -23,8 +23,7 @@ def main() -> int:
     raise UserError('--config: which? e.g. --config=configs/mla_small.py')
   config.validate(CONFIG.value)  # the next line counts on it
   rows = CONFIG.value.batch_size // CONFIG.value.accumulation_steps
-  cpu.use_cores(rows, mesh=CONFIG.value.mesh.to_dict())
-  cpu.keep_freed_memory()
+  backends.prepare(rows, mesh=CONFIG.value.mesh.to_dict())
   workdir = Path(WORKDIR.value or Path('runs') / cli.config_name())
   if not train_and_evaluate(CONFIG.value, workdir):
     return cli.EXIT_STOPPED

@@ -48,17 +48,17 @@ def figures_of(once, wait, first) -> dict:
 def ours(case: dict) -> dict:
   import jax
 
-  from mla import cpu, sharding
-  from mla.attention.kernels import causal_attention
+  from mla import backends, sharding
 
   q, k, v, d_out = inputs_of(case)
-  cpu.use_cores(len(q))
-  cpu.keep_freed_memory()
+  backends.prepare(len(q))
   mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1})
   scale = q.shape[-1] ** -0.5
 
   def both(q, k, v, d_out):
-    out, pull = jax.vjp(lambda q, k, v: causal_attention([q], [k], v, scale=scale), q, k, v)
+    out, pull = jax.vjp(
+      lambda q, k, v: backends.causal_attention([q], [k], v, scale=scale), q, k, v
+    )
     return out, *pull(d_out)
 
   with jax.set_mesh(mesh):
@@ -80,10 +80,10 @@ def ours(case: dict) -> dict:
 def peer(case: dict) -> dict:
   import torch
 
-  from mla import cpu
+  from mla.backends.cpu import host
 
   torch.set_num_threads(harness.cores())
-  cpu.keep_freed_memory()
+  host.keep_freed_memory()
   q, k, v, d_out = (torch.tensor(x).transpose(1, 2).contiguous() for x in inputs_of(case))
   for x in (q, k, v):
     x.requires_grad_()

@@ -6,9 +6,10 @@ python -m bench.decode [--rounds=3] [--variants=mha,mla] [--batch=8] [--contexts
 The whole small model, float32. Both read prompts of `context` tokens, then generate greedily; only
 the generation is timed, ours as one compiled loop with a donated cache. The first tokens of both
 must be equal, if the cache is float32, or nothing is reported. Ours is run on one device, and over
-those that mla/cpu.py sets if more; transformers is run with its dynamic cache (sdpa and eager) and
-its static one, plain and under torch.compile where there is a C++ compiler; its best counts. For
-MLA, `expanded` is our own model made to expand keys and values from its cache at every step.
+those that backends.prepare sets if more; transformers is run with its dynamic cache (sdpa and
+eager) and its static one, plain and under torch.compile where there is a C++ compiler; its best
+counts. For MLA, `expanded` is our own model made to expand keys and values from its cache at every
+step.
 """
 
 import shutil
@@ -40,12 +41,11 @@ def ours(case: dict) -> dict:
   import jax.numpy as jnp
 
   from bench import generation
-  from mla import cpu
+  from mla import backends
   from mla.attention.latent import LatentAttention
   from mla.model import allocate_cache, make_model, prefill
 
-  cpu.use_cores(case['batch'])
-  cpu.keep_freed_memory()
+  backends.prepare(case['batch'])
   model = make_model(generation.small_config(case['variant']), 257)
   prompts = prompts_of(case)
   lengths = np.full(case['batch'], case['context'], np.int32)
@@ -77,7 +77,7 @@ def expanded(self, x, cached, positions):
   """LatentAttention.attend_cached as it would be without absorption."""
   import jax.numpy as jnp
 
-  from mla.attention.kernels import cached_attention
+  from mla.backends import cached_attention
   from mla.cache import Stored
   from mla.layers import project
 

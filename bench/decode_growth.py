@@ -8,7 +8,7 @@ take turns; times are medians, and growth is the median of the ratios within a t
 whose speed jumps would decide. `read` is a plain read of as many bytes: it grows faster than they
 do where the smaller cache fits the processor's own caches and the larger does not. `bytes accessed`
 are of the compiled step on one device: XLA's count, which leaves out what C++ reads, and the arrays
-that the program hands to mla/native's cached attention, MLA's latent twice, as keys and as values.
+that the program hands to C++'s cached attention, MLA's latent twice, as keys and as values.
 There is no peer; bench.decode has one.
 """
 
@@ -28,11 +28,10 @@ def measure(case: dict) -> dict:
   import jax.numpy as jnp
 
   from bench import generation
-  from mla import cpu
+  from mla import backends
   from mla.model import decode, make_model
 
-  cpu.use_cores(max(case['batches']))
-  cpu.keep_freed_memory()
+  backends.prepare(max(case['batches']))
   model = make_model(generation.small_config(case['variant']), 257)
   results = {}
   for batch in case['batches']:
@@ -62,7 +61,7 @@ BYTES = {'f32': 4, 'bf16': 2, 's8': 1, 's32': 4}
 
 
 def bytes_handed_over(program: str) -> int:
-  """Bytes of all arrays given to mla/native's cached attention; MLA's latent is key and value."""
+  """Bytes of all arrays given to C++'s cached attention; MLA's latent is key and value."""
   total = 0
   for call in re.findall(r'custom-call\(.*"mla_cached_forward".*', program):
     operands = call[: call.index(')')].count('%')

@@ -5,7 +5,8 @@ python -m bench.train_step [--rounds=3] [--variants=mha,mla] [--batch=16] [--jso
 One step is forward, gradient, clipping and AdamW on a batch of small-config windows. The losses
 of both sides' first steps must agree to 1e-4, or nothing is reported. Compilation is reported
 apart. torch is run with sdpa, eager and compiled (sdpa under torch.compile, where there is a C++
-compiler), each with and without keeping freed memory as ours does (mla/cpu.py); its best counts.
+compiler), each with and without keeping freed memory as ours does (mla/backends/cpu/host.py); its
+best counts.
 """
 
 import functools
@@ -35,12 +36,11 @@ def ours(case: dict) -> dict:
   import jax
   from flax import nnx
 
-  from mla import cpu, model, sharding, train
+  from mla import backends, model, sharding, train
   from mla.optimizer import make_optimizer
 
   config = case_config(case)
-  cpu.use_cores(case['batch'])
-  cpu.keep_freed_memory()
+  backends.prepare(case['batch'])
   mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1})
   with jax.set_mesh(mesh):
     optimizer = make_optimizer(config)
@@ -70,7 +70,7 @@ def peer(case: dict) -> dict:
   import torch
 
   from bench.peers import make_peer
-  from mla import cpu
+  from mla.backends.cpu import host
   from mla.model import make_model
 
   config = case_config(case)
@@ -81,7 +81,7 @@ def peer(case: dict) -> dict:
   losses: list[torch.Tensor]
   for memory in ('usual memory', 'kept memory'):
     if memory == 'kept memory':
-      cpu.keep_freed_memory()
+      host.keep_freed_memory()
     for setting in ('sdpa', 'eager', 'compiled') if shutil.which('c++') else ('sdpa', 'eager'):
       model = make_peer(config, ours, 'eager' if setting == 'eager' else 'sdpa')
       optimizer = torch.optim.AdamW(

@@ -1,8 +1,9 @@
-"""The arrays a variant keeps for each token: allocate, append, quantise, count their bytes.
+"""The arrays a variant keeps for each token: allocate, quantise, count their bytes.
 
 A variant names the vectors it keeps per token, e.g. {'latent': (C,), 'k_rope': (R,)}; each becomes
-one array a layer, allocated once and written in place (donate the cache to the jitted step). Slot s
-of a row holds that row's token of position s, so rows of different lengths share one batch.
+one array a layer, allocated once and written in place by backends.append (donate the cache to the
+jitted step). Slot s of a row holds that row's token of position s, so rows of different lengths
+share one batch.
 """
 
 import dataclasses
@@ -12,8 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-
-from mla import native
 
 DTYPES = ('float32', 'bfloat16', 'int8')
 
@@ -61,37 +60,6 @@ def allocate(shapes: Shapes, *, num_layers: int, batch: int, slots: int, dtype: 
 
   layers = tuple({name: array(shape) for name, shape in shapes.items()} for _ in range(num_layers))
   return Cache(layers, jnp.zeros(batch, jnp.int32))
-
-
-def append(
-  layer: dict[str, Stored], entries: Mapping[str, Array], starts: Int[Array, ' B']
-) -> dict[str, Stored]:
-  """Writes each row's T new tokens into the slots from starts[b] on.
-
-  entries[name] is [B, T, *shape]. The caller sees to it that they fit: XLA would shift a write that
-  runs over the end instead of failing.
-  """
-  return {name: _write(layer[name], entries[name], starts) for name in layer}
-
-
-def _write(stored: Stored, new: Array, starts: Int[Array, ' B']) -> Stored:
-  new = jnp.moveaxis(new, 1, -2)  # [B, T, *heads, dims] -> [B, *heads, T, dims]
-  if stored.scale is None:
-    return Stored(_put(stored.values, new, starts, axis=-2), None)
-  values, scale = quantise(new)
-  return Stored(
-    _put(stored.values, values, starts, axis=-2), _put(stored.scale, scale, starts, axis=-1)
-  )
-
-
-def _put(into: Array, new: Array, starts: Array, axis: int) -> Array:
-  if native.usable():
-    return native.append(into, new.astype(into.dtype), starts, axis)
-
-  def row(into: Array, new: Array, start: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(into, new.astype(into.dtype), start, axis)
-
-  return jax.vmap(row)(into, new, starts)
 
 
 def quantise(

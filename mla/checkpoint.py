@@ -17,11 +17,13 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from mla import files
+from mla.config import ADDED_SINCE
 from mla.errors import UserError, first_line
 
 # May change when a run goes on: where it computes and what it writes, not what it learns.
 FREE_FIELDS = (
-  'mesh eval_every checkpoint_every checkpoints_kept log_every remat data.data_dir data.eval_tokens'
+  'mesh attention_impl remat eval_every checkpoint_every checkpoints_kept log_every data.data_dir '
+  'data.eval_tokens'
 ).split()
 
 
@@ -180,4 +182,4 @@ def read_config(workdir: Path) -> ConfigDict:
   found = files.read_json(path, cure)
   if not isinstance(found, dict):
     raise UserError(f'{path}: cannot be read as a config, for it is no JSON object; {cure}')
-  return ConfigDict(found)
+  return ConfigDict({**ADDED_SINCE, **found})

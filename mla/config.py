@@ -11,6 +11,7 @@ from mla.errors import UserError
 
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'latents', 'full')
+ATTENTION_IMPLS = ('auto', 'blockwise', 'cpu')
 
 POSITIVE = (
   'num_heads head_dim num_layers d_model param_budget seq_len batch_size accumulation_steps '
@@ -20,9 +21,11 @@ NOT_NEGATIVE = (
   'value_head_dim num_kv_heads latent_dim rope_dim query_latent_dim ffn_dim warmup_steps seed'
 ).split()
 TEXTS = (
-  'attention dtype remat data.dataset data.text_key data.validation_split data.data_dir '
-  'data.files data.validation_files data.tokenizer'
+  'attention attention_impl dtype remat data.dataset data.text_key data.validation_split '
+  'data.data_dir data.files data.validation_files data.tokenizer'
 ).split()
+# Fields that the config.json of an older run lacks, and what it ran with.
+ADDED_SINCE = {'attention_impl': 'auto'}
 LARGEST = 2**31 - 1  # sizes and counts must stay within int32
 
 
@@ -69,7 +72,8 @@ def _check_numbers(config: ConfigDict) -> None:
 def _check_choices(config: ConfigDict) -> None:
   for name in TEXTS:
     _require(isinstance(field(config, name), str), name, config, 'must be a string')
-  for name, choices in (('dtype', DTYPES), ('remat', REMATS)):
+  choices_of = {'dtype': DTYPES, 'remat': REMATS, 'attention_impl': ATTENTION_IMPLS}
+  for name, choices in choices_of.items():
     _require(config[name] in choices, name, config, f'choose one of {", ".join(choices)}')
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from mla import backends
 from mla import model as model_lib
-from mla.attention import kernels
 from mla.optimizer import make_optimizer
 from mla.train import init_state, token_nll, train_step
 
@@ -41,7 +41,7 @@ def train_flops_per_token(config: ConfigDict, vocab: int) -> float:
   """
 
   def flops(layers: int) -> float:
-    with kernels.counted():
+    with backends.counted():
       compiled = _compile_step(
         _copy(config, num_layers=layers, remat='none', accumulation_steps=1), vocab
       )

@@ -158,7 +158,8 @@ def nll_through_cache(
   for start in range(0, len(windows.tokens), batch):
     tokens = windows.tokens[start : start + batch]
     fill = ((0, batch - len(tokens)), (0, 0))
-    nll, cache = score(params, cache, jax.device_put(np.pad(tokens, fill), place))
+    with jax.set_mesh(mesh):
+      nll, cache = score(params, cache, jax.device_put(np.pad(tokens, fill), place))
     rows = np.asarray(nll, np.float64)[: len(tokens)]
     totals.append(np.sum(rows * windows.mask[start : start + batch], axis=1))
   return np.concatenate(totals), bytes_per_token

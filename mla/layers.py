@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from mla.backends import rms_norm
+
 
 def weight(rngs: nnx.Rngs, *, fan_in: int, scale: float = 1.0, **axes: int) -> nnx.Param:
   """A parameter drawn from N(0, scale^2 / fan_in), carrying its axis letters for sharding.py.
@@ -14,7 +16,8 @@ def weight(rngs: nnx.Rngs, *, fan_in: int, scale: float = 1.0, **axes: int) -> n
   `weight(rngs, fan_in=D, D=D, H=H, N=N)` has shape [D, H, N] and metadata axes=('D', 'H', 'N').
   Fan-in counts a projection's own inputs, so each head of each variant starts at unit variance.
   """
-  values = jax.random.normal(rngs.params(), tuple(axes.values())) * scale * fan_in**-0.5
+  values = jax.random.normal(rngs.params(), tuple(axes.values()), jnp.float32)
+  values = values * scale * fan_in**-0.5
   return nnx.Param(values, axes=tuple(axes))
 
 
@@ -30,41 +33,14 @@ def project(x: Array, w: nnx.Param, inputs: int = 1) -> Array:
   return y.reshape(*lead, *out)
 
 
+EPSILON = 1e-6
+
+
 class RMSNorm(nnx.Module):
   """x / rms(x) * gain over the last axis, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
   def __init__(self, **axes: int):
-    self.gain = nnx.Param(jnp.ones(tuple(axes.values())), axes=tuple(axes))
+    self.gain = nnx.Param(jnp.ones(tuple(axes.values()), jnp.float32), axes=tuple(axes))
 
   def __call__(self, x: Float[Array, '*tokens D']) -> Float[Array, '*tokens D']:
-    return _rms_norm(x, self.gain[...])
-
-
-EPSILON = 1e-6
-
-
-@jax.custom_vjp
-def _rms_norm(x: Array, gain: Array) -> Array:
-  return _rms_norm_forward(x, gain)[0]
-
-
-def _rms_norm_forward(x, gain):
-  wide = x.astype(jnp.float32)
-  inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + EPSILON)
-  return (wide * inverse * gain).astype(x.dtype), (x, gain, inverse)
-
-
-def _rms_norm_backward(saved, d_out):
-  """By hand for XLA's CPU backend: to sums over x, d_out and the gain it gives the gain, and each
-  token's factor, repeated to x's size in memory; products with a vector need no such copies."""
-  x, gain, inverse = saved
-  wide, d_out = (a.astype(jnp.float32).reshape(-1, gain.size) for a in (x, d_out))
-  inverse = inverse.reshape(-1, 1)
-  along = wide * d_out
-  pull = jnp.matmul(along, gain[:, None], precision='highest') * inverse**2 / gain.size
-  d_x = inverse * (d_out * gain - wide * pull)
-  d_gain = jnp.matmul(inverse[:, 0], along, precision='highest')
-  return d_x.reshape(x.shape).astype(x.dtype), d_gain
-
-
-_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+    return rms_norm(x, self.gain[...], EPSILON)

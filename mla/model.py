@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from mla import cache as cache_lib
-from mla.attention import make_attention
+from mla.attention import append, make_attention
 from mla.attention.rope import Positions
 from mla.cache import Cache
 from mla.errors import UserError
@@ -64,7 +64,7 @@ class Block(nnx.Module):
     """The newest tokens: written to the cache first, so that they too are seen as it keeps them."""
     h = self.attention_norm(x)
     entries = self.attention.compress(h, positions)
-    layer = cache_lib.append(layer, entries, positions[:, 0])
+    layer = append(layer, entries, positions[:, 0], impl=self.attention.impl)
     x = x + self.attention.attend_cached(h, layer, positions)
     return x + self.ffn(self.ffn_norm(x)), layer
 
@@ -79,6 +79,10 @@ REMAT_POLICIES = {
 
 # Layers up to which compilation takes no longer unrolled than scanned.
 MOST_UNROLLED = 8
+
+# Of every random key, whatever jax_default_prng_impl says: a seed draws the same for everybody, and
+# checkpoints hold the data of such keys.
+PRNG = 'threefry2x32'
 
 # Of 0.02, 0.09, 0.15 and 1.0 the best at width 128 (docs/log.md).
 EMBEDDING_STD = 0.15
@@ -129,7 +133,7 @@ def make_model(config: ConfigDict, vocab: int) -> Decoder:
   """A freshly drawn model. With ffn_dim=0 the feed-forward width is solved to meet param_budget."""
   config = config.copy_and_resolve_references()
   config.ffn_dim = config.ffn_dim or solve_ffn_dim(config)
-  return Decoder(config, vocab, nnx.Rngs(params=config.seed))
+  return Decoder(config, vocab, nnx.Rngs(params=jax.random.key(config.seed, impl=PRNG)))
 
 
 def forward(model: Decoder, tokens: Int[Array, 'B T']) -> Float[Array, 'B T vocab']:
@@ -163,22 +167,28 @@ def allocate_cache(model: Decoder, *, batch: int, slots: int, dtype: str) -> Cac
 
 
 def prefill(
-  model: Decoder, cache: Cache, tokens: Int[Array, 'B T'], lengths: Int[Array, ' B']
+  model: Decoder, cache: Cache, tokens: Int[Array, 'B T'], lengths: Array
 ) -> tuple[Float[Array, 'B T vocab'], Cache]:
   """Runs prompts, right-padded to T, into an empty cache of at least T slots.
 
-  lengths[b] of row b's tokens are real; the padding's slots are beyond every later query's sight
-  until the tokens decoded next overwrite them.
+  lengths[b], an integer, of row b's tokens are real; the padding's slots are beyond every later
+  query's sight until the tokens decoded next overwrite them. A row whose length is not in 0 .. T
+  becomes one that is full: decoding gives it NaN. ValueError for shapes that don't fit.
   """
-  if tokens.shape[1] > cache.slots:
-    raise ValueError(f'{tokens.shape[1]} tokens do not fit in a cache of {cache.slots} slots')
+  _check_fit(cache, tokens, lengths)
   logits, entries = _parallel(model, tokens)
   starts = jnp.zeros_like(cache.lengths)
   layers = tuple(
-    cache_lib.append(layer, {name: entry[i] for name, entry in entries.items()}, starts)
+    append(
+      layer,
+      {name: entry[i] for name, entry in entries.items()},
+      starts,
+      impl=model.blocks.attention.impl,
+    )
     for i, layer in enumerate(cache.layers)
   )
-  return logits, Cache(layers, lengths)
+  real = (lengths >= 0) & (lengths <= tokens.shape[1])
+  return logits, Cache(layers, jnp.where(real, lengths, cache.slots).astype(jnp.int32))
 
 
 def decode(
@@ -186,15 +196,27 @@ def decode(
 ) -> tuple[Float[Array, 'B T vocab'], Cache]:
   """Appends T tokens to every row; returns their logits, all they attend to read from the cache.
 
-  The caller sees to it that cache.lengths + T stays within cache.slots.
+  A row without T slots left is lost: its T tokens are not written, their logits and all later ones
+  are NaN. The other rows are as ever. ValueError for more tokens than slots.
   """
-  positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
+  _check_fit(cache, tokens, cache.lengths)
+  lengths = cache.lengths.astype(jnp.int32)
+  positions = lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
   x = model.embed(tokens)
   layers = []
   for block, layer in zip(model.layers(), cache.layers, strict=True):
     x, layer = block.cached(x, layer, positions)
     layers.append(layer)
-  return model.logits(x), Cache(tuple(layers), cache.lengths + tokens.shape[1])
+  return model.logits(x), Cache(tuple(layers), lengths + tokens.shape[1])
+
+
+def _check_fit(cache: Cache, tokens: Array, lengths: Array) -> None:
+  if tokens.shape[1] > cache.slots:
+    raise ValueError(f'{tokens.shape[1]} tokens do not fit in a cache of {cache.slots} slots')
+  if lengths.shape != cache.lengths.shape or len(tokens) != len(lengths):
+    raise ValueError(f'{tokens.shape} tokens, {lengths.shape} lengths, {cache.lengths.shape} rows')
+  if not jnp.issubdtype(lengths.dtype, jnp.integer):
+    raise ValueError(f'lengths: {lengths.dtype}; must be integers')
 
 
 @functools.partial(jax.jit, static_argnames=('steps', 'temperature', 'top_p'), donate_argnums=1)
@@ -202,7 +224,7 @@ def generate(
   model: Decoder,
   cache: Cache,
   prompts: Int[Array, 'B T'],
-  lengths: Int[Array, ' B'],
+  lengths: Array,
   key: Key[Array, ''],
   *,
   steps: int,
@@ -212,7 +234,8 @@ def generate(
   """Continues right-padded prompts by `steps` tokens each, in the donated cache.
 
   temperature=0 takes the likeliest token; otherwise samples from the smallest set of tokens whose
-  probability reaches top_p (Holtzman et al. 2019, arXiv 1904.09751).
+  probability reaches top_p (Holtzman et al. 2019, arXiv 1904.09751). A row whose length is not in
+  1 .. T has nothing to go on from: its tokens are -1. ValueError for what can't fit.
   """
   if prompts.shape[1] + steps > cache.slots:
     raise ValueError(
@@ -231,7 +254,9 @@ def generate(
 
   carry = (cache, pick(last, first_key))
   (cache, final), tokens = jax.lax.scan(step, carry, jax.random.split(key, steps - 1))
-  return jnp.concatenate([tokens.T, final[:, None]], axis=1), cache
+  real = (lengths > 0) & (lengths <= prompts.shape[1])
+  tokens = jnp.concatenate([tokens.T, final[:, None]], axis=1)
+  return jnp.where(real[:, None], tokens, -1), cache
 
 
 def sample(
@@ -239,7 +264,7 @@ def sample(
 ) -> Int[Array, ' B']:
   """One token a row; see generate."""
   if temperature == 0:
-    return jnp.argmax(logits, axis=-1)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = logits / temperature
   if top_p < 1:
     ranked = jnp.sort(logits, axis=-1, descending=True)
@@ -247,7 +272,7 @@ def sample(
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     floor = jnp.min(jnp.where(before < top_p, ranked, jnp.inf), axis=-1, keepdims=True)
     logits = jnp.where(logits < floor, -jnp.inf, logits)
-  return jax.random.categorical(key, logits, axis=-1)
+  return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
 def count_params(model: Decoder) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """AdamW with warm-up, cosine decay and clipping, from the config."""
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from ml_collections import ConfigDict
@@ -8,13 +9,15 @@ from ml_collections import ConfigDict
 
 def make_schedule(config: ConfigDict) -> optax.Schedule:
   """Linear from 0 over warmup_steps, then a cosine down to a tenth of the peak at num_steps."""
-  return optax.warmup_cosine_decay_schedule(
+  schedule = optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=config.learning_rate,
     warmup_steps=config.warmup_steps,
     decay_steps=config.num_steps,
     end_value=config.learning_rate / 10,
   )
+  # A float32 step, or the rate would be float64 under jax_enable_x64.
+  return lambda step: schedule(jnp.asarray(step, jnp.float32))
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:

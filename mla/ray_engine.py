@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from mla import cpu
+from mla import backends
 from mla.checkpoint import claim_workdir
 from mla.errors import Diverged, UserError, first_line
 from mla.sweep import Done, Engine, Stopped, failed_line, log_of, run_trial
@@ -32,7 +32,7 @@ from mla.trials import Trial
 RESTARTS = 5  # of one trial, before it counts as failed
 
 # A worker trains on a thread that is not its first. glibc gives such a thread an arena of its own,
-# which maps and unmaps blocks above 64 MB each time, whatever cpu.keep_freed_memory says by then.
+# which maps and unmaps blocks above 64 MB each time, whatever cpu/host.py says by then.
 RUNTIME_ENV = {'env_vars': {'MALLOC_ARENA_MAX': '1'}}
 
 
@@ -185,8 +185,7 @@ def _work(point: dict, *, todo: list[Trial], folder: Path, rows: int, cores: int
   from mla import cli
 
   trial = todo[point['index']]
-  cpu.use_cores(rows, cores, trial.config.mesh.to_dict())
-  cpu.keep_freed_memory()
+  backends.prepare(rows, cores=cores, mesh=trial.config.mesh.to_dict())
   cli.log_plainly()
   cli.use_compilation_cache()
   tune.report({'line': json.dumps(run_trial(trial, folder))})

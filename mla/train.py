@@ -169,7 +169,7 @@ def _train(
 def init_state(config: ConfigDict, vocab: int, optimizer) -> TrainState:
   """Step 0: fresh parameters and optimiser state."""
   params = nnx.state(model_lib.make_model(config, vocab), nnx.Param)
-  key = jax.random.key(config.seed)
+  key = jax.random.key(config.seed, impl=model_lib.PRNG)
   return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), key)
 
 
@@ -189,7 +189,7 @@ def train_step(
   else:
     # Every micro-batch takes rows from each device's part of the batch, so none is moved.
     micro = tokens.reshape(-1, config.accumulation_steps, tokens.shape[1]).swapaxes(0, 1)
-    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), state.params))
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), jnp.float32), state.params))
     (loss, grads), _ = jax.lax.scan(micro_step, zeros, micro)
     loss, grads = jax.tree.map(lambda total: total / config.accumulation_steps, (loss, grads))
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -208,7 +208,7 @@ def eval_step(
   graphdef, params, tokens: Int[Array, 'B window'], mask: Array
 ) -> tuple[Float[Array, ''], Int[Array, '']]:
   nll = token_nll(nnx.merge(graphdef, params), tokens)
-  return jnp.sum(nll * mask), jnp.sum(mask)
+  return jnp.sum(nll, where=mask), jnp.sum(mask, dtype=jnp.int32)
 
 
 def evaluate(
@@ -284,7 +284,9 @@ def _restore(checkpoints, abstract, placement, batches, data: Data):
   if found is None:
     return None, 0
   step, params, (opt_state, count, key) = found
-  return TrainState(params, opt_state, count, jax.random.wrap_key_data(key)), step
+  return TrainState(
+    params, opt_state, count, jax.random.wrap_key_data(key, impl=model_lib.PRNG)
+  ), step
 
 
 def _check_finite(

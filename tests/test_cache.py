@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mla import cache as cache_lib
+from mla.attention import append
 
 SHAPES = {'k': (3, 5), 'latent': (7,)}
 
@@ -16,7 +17,7 @@ def test_what_is_written_is_read_where_it_belongs(dtype):
     'latent': jnp.asarray(rng.normal(size=(2, 4, 7)), jnp.float32),
   }
   cache = cache_lib.allocate(SHAPES, num_layers=1, batch=2, slots=9, dtype=dtype)
-  layer = cache_lib.append(cache.layers[0], entries, jnp.array([0, 5]))
+  layer = append(cache.layers[0], entries, jnp.array([0, 5]))
   bound = {'float32': 0, 'bfloat16': 0.02, 'int8': 0.02}[dtype]
   for name, new in entries.items():
     stored = layer[name]
@@ -51,7 +52,7 @@ def test_a_donated_cache_is_written_in_place():
 
   @jax.jit
   def step(cache):
-    layers = tuple(cache_lib.append(layer, new, cache.lengths) for layer in cache.layers)
+    layers = tuple(append(layer, new, cache.lengths) for layer in cache.layers)
     return cache_lib.Cache(layers, cache.lengths + 1)
 
   after = jax.jit(step, donate_argnums=0)(cache)

@@ -13,7 +13,7 @@ from flax import nnx
 from mla import cache as cache_lib
 from mla import model as model_lib
 from mla import sharding, train
-from mla.attention import make_attention
+from mla.attention import append, make_attention
 from mla.model import allocate_cache, decode, forward, generate, make_model, prefill
 from mla.optimizer import make_optimizer
 
@@ -168,7 +168,7 @@ def test_absorbed_is_expanded(arm):
   entries = attention.compress(x, positions)
   shapes = attention.cache_shapes()
   (layer,) = cache_lib.allocate(shapes, num_layers=1, batch=2, slots=17, dtype='float32').layers
-  layer = cache_lib.append(layer, entries, jnp.zeros(2, jnp.int32))
+  layer = append(layer, entries, jnp.zeros(2, jnp.int32))
   absorbed = attention.attend_cached(x, layer, positions)
   expanded = attention.attend(x, entries, positions)
   np.testing.assert_allclose(absorbed, expanded, atol=1e-5)

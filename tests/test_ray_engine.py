@@ -46,9 +46,9 @@ def test_a_worker_keeps_freed_memory():
     import ctypes
     import resource
 
-    from mla import cpu
+    from mla.backends.cpu import host
 
-    cpu.keep_freed_memory()
+    host.keep_freed_memory()
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
     size = ctypes.c_size_t(100 * 2**20)

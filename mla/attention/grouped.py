@@ -5,8 +5,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from mla.attention.kernels import cached_attention, causal_attention
 from mla.attention.rope import Positions, rope
+from mla.backends import cached_attention, causal_attention
 from mla.cache import Shapes, Stored
 from mla.layers import project, weight
 
@@ -23,6 +23,7 @@ class GroupedAttention(nnx.Module):
     V = config.value_head_dim or N
     self.rotated = config.rope_dim or N
     self.rope_base = config.rope_base
+    self.impl = config.attention_impl
     self.shapes = nnx.static({'k': (K, N), 'v': (K, V)})
     self.scale = N**-0.5
     self.w_q = weight(rngs, fan_in=D, D=D, H=H, N=N)
@@ -42,7 +43,7 @@ class GroupedAttention(nnx.Module):
   ) -> Float[Array, 'B T D']:
     """Every token attends to those before it, in parallel."""
     q = self._rotate(project(x, self.w_q), positions)
-    out = causal_attention([q], [entries['k']], entries['v'], scale=self.scale)
+    out = causal_attention([q], [entries['k']], entries['v'], scale=self.scale, impl=self.impl)
     return project(out, self.w_o, inputs=2)
 
   def attend_cached(
@@ -50,7 +51,9 @@ class GroupedAttention(nnx.Module):
   ) -> Float[Array, 'B T D']:
     """The T newest tokens, already in the cache, attend to all it holds."""
     q = self._rotate(project(x, self.w_q), positions)
-    out = cached_attention([q], [cached['k']], cached['v'], positions, scale=self.scale)
+    out = cached_attention(
+      [q], [cached['k']], cached['v'], positions, scale=self.scale, impl=self.impl
+    )
     return project(out, self.w_o, inputs=2)
 
   def _rotate(self, heads: Array, positions: Positions) -> Array:

@@ -13,8 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from mla.attention.kernels import cached_attention, causal_attention
 from mla.attention.rope import Positions, rope
+from mla.backends import cached_attention, causal_attention
 from mla.cache import Shapes, Stored
 from mla.layers import RMSNorm, project, weight
 
@@ -27,6 +27,7 @@ class LatentAttention(nnx.Module):
     C, Q = config.latent_dim, config.query_latent_dim
     V = config.value_head_dim or N
     self.rope_base = config.rope_base
+    self.impl = config.attention_impl
     self.nope_dim = N
     self.shapes = nnx.static({'latent': (C,), 'k_rope': (R,)})
     self.scale = (N + R) ** -0.5
@@ -58,7 +59,9 @@ class LatentAttention(nnx.Module):
     """Expanded: tokens attend to those before them, keys and values per head (eq. 10-19)."""
     keys = [project(entries['latent'], self.w_uk), entries['k_rope'][:, :, None, :]]
     values = project(entries['latent'], self.w_uv)
-    out = causal_attention(self._queries(x, positions), keys, values, scale=self.scale)
+    out = causal_attention(
+      self._queries(x, positions), keys, values, scale=self.scale, impl=self.impl
+    )
     return project(out, self.w_o, inputs=2)
 
   def attend_cached(
@@ -69,7 +72,7 @@ class LatentAttention(nnx.Module):
     q_latent = jnp.einsum('bthn,chn->bthc', q_nope, self.w_uk[...].astype(x.dtype))
     latent, k_rope = _one_head(cached['latent']), _one_head(cached['k_rope'])
     mixed = cached_attention(
-      [q_latent, q_rope], [latent, k_rope], latent, positions, scale=self.scale
+      [q_latent, q_rope], [latent, k_rope], latent, positions, scale=self.scale, impl=self.impl
     )
     out = jnp.einsum('bthc,chv->bthv', mixed, self.w_uv[...].astype(x.dtype))
     return project(out, self.w_o, inputs=2)

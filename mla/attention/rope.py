@@ -18,8 +18,9 @@ def rope(
   """
   half = x.shape[-1] // 2
   frequencies = (base ** (-np.arange(half) / half)).astype(np.float32)
-  angles = positions[..., None].astype(jnp.float32) * frequencies
+  angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
   angles = angles.reshape(*angles.shape[:2], *(1,) * (x.ndim - 3), half)
   cos, sin = jnp.cos(angles), jnp.sin(angles)
-  a, b = jnp.split(x, 2, axis=-1)  # its gradient is one concatenation; two slices' is two pads
+  # The split's gradient is one concatenation; two slices' is two pads.
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

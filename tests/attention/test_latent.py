@@ -12,6 +12,7 @@ from conftest import tiny_config
 from flax import nnx
 
 from mla import cache as cache_lib
+from mla.attention import append
 from mla.attention.latent import LatentAttention
 
 LENGTH, BASE = 11, tiny_config().rope_base
@@ -92,7 +93,7 @@ def test_absorbed_one_token_at_a_time_is_the_paper(arm):
   for t in range(LENGTH):
     token = jnp.asarray(x[None, t : t + 1], jnp.float32)
     position = jnp.full((1, 1), t)
-    layer = cache_lib.append(layer, attention.compress(token, position), position[:, 0])
+    layer = append(layer, attention.compress(token, position), position[:, 0])
     outputs.append(attention.attend_cached(token, layer, position)[0, 0])
   expected = paper(weights, x, config.num_heads, config.head_dim)
   np.testing.assert_allclose(np.array(outputs), expected, atol=2e-5)

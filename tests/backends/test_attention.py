@@ -5,21 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mla import native
-from mla.attention import blockwise
-from mla.attention.kernels import cached_attention, causal_attention
+from mla import backends
+from mla.backends import blockwise, cpu
 from mla.cache import Stored, quantise
 
 KEY = jax.random.key(0)
 
 
-@pytest.fixture(params=['native', 'xla'])
-def path(request, monkeypatch):
-  """Both ways attention can run on a CPU."""
-  if request.param == 'xla':
-    monkeypatch.setattr(native, 'usable', lambda: False)
-  elif not native.usable():
-    pytest.skip('no C++ compiler')
+@pytest.fixture(params=['cpu', 'blockwise'])
+def impl(request) -> str:
+  """Each backend that a CPU has."""
+  if request.param == 'cpu' and cpu.missing():
+    pytest.skip(cpu.missing())
+  return request.param
 
 
 def plain(q, k, v, scale, positions=None):
@@ -46,19 +44,22 @@ def inputs(length, heads, groups, n=10, v=6, slots=None):
 
 @pytest.mark.parametrize('groups', [1, 2, 6])
 @pytest.mark.parametrize('length', [1, 15, 17, 64, 131])
-def test_values_and_gradients(path, groups, length):
+def test_values_and_gradients(impl, groups, length):
   check_gradients(
-    inputs(length, 6, groups), lambda q, k, v: causal_attention([q], [k], v, scale=0.3)
+    inputs(length, 6, groups),
+    lambda q, k, v: backends.causal_attention([q], [k], v, scale=0.3, impl=impl),
   )
 
 
 @pytest.mark.parametrize('groups', [2, 6])
-def test_a_part_of_the_keys_that_all_heads_share(path, groups):
+def test_a_part_of_the_keys_that_all_heads_share(impl, groups):
   q, k, v, weights = inputs(70, 6, groups)
 
   def ours(q, k, v):
     shared = k[:, :, :1, 6:]
-    return causal_attention([q[..., :6], q[..., 6:]], [k[..., :6], shared], v, scale=0.3)
+    return backends.causal_attention(
+      [q[..., :6], q[..., 6:]], [k[..., :6], shared], v, scale=0.3, impl=impl
+    )
 
   def whole(q, k, v):
     shared = jnp.broadcast_to(k[:, :, :1, 6:], (*k.shape[:3], 4))
@@ -71,7 +72,7 @@ def test_a_part_of_the_keys_that_all_heads_share(path, groups):
 @pytest.mark.parametrize(('length', 'block'), [(1, 8), (7, 8), (16, 8), (21, 8), (21, 0)])
 def test_blockwise_values_and_gradients(groups, length, block):
   check_gradients(
-    inputs(length, 6, groups), lambda q, k, v: blockwise.causal(q, k, v, scale=0.3, block=block)
+    inputs(length, 6, groups), lambda q, k, v: blockwise.causal([q], [k], v, 0.3, block=block)
   )
 
 
@@ -88,63 +89,66 @@ def check_gradients(arrays, ours, reference=lambda q, k, v: plain(q, k, v, 0.3))
     np.testing.assert_allclose(one, other, atol=5e-5)
 
 
-def test_large_scores_do_not_overflow(path):
+def test_large_scores_do_not_overflow(impl):
   q, k, v, _ = inputs(16, 2, 2)
-  out = causal_attention([q * 100], [k * 100], v, scale=1.0)
+  out = backends.causal_attention([q * 100], [k * 100], v, scale=1.0, impl=impl)
   assert np.all(np.isfinite(out))
 
 
 @pytest.mark.parametrize('bad', [jnp.nan, jnp.inf])
-def test_what_is_not_finite_is_not_hidden(path, bad):
+def test_what_is_not_finite_is_not_hidden(impl, bad):
   # Or training would go on with a loss that looks well.
   q, k, v, _ = inputs(20, 2, 2)
-  out = causal_attention([q.at[0, 7, 1, 0].set(bad)], [k], v, scale=1.0)
+  out = backends.causal_attention([q.at[0, 7, 1, 0].set(bad)], [k], v, scale=1.0, impl=impl)
   assert np.all(np.isnan(out[0, 7, 1]))
   assert np.all(np.isfinite(out[1]))
 
 
-def test_bfloat16_keeps_its_softmax_in_float32(path):
+def test_bfloat16_keeps_its_softmax_in_float32(impl):
   # 600 equal weights: a bfloat16 sum would stick at 256.
   k = jnp.zeros((1, 600, 1, 8), jnp.bfloat16)
   v = jnp.ones((1, 600, 1, 8), jnp.bfloat16)
-  out = causal_attention([k], [k], v, scale=1.0)
+  out = backends.causal_attention([k], [k], v, scale=1.0, impl=impl)
   np.testing.assert_allclose(np.asarray(out, np.float32), 1, atol=0.01)
 
 
 @pytest.mark.parametrize('groups', [1, 2, 6])
-def test_cached_against_plain(path, groups):
+def test_cached_against_plain(impl, groups):
   q, k, v, _ = inputs(3, 6, groups, slots=20)
   positions = jnp.array([[4, 5, 6], [15, 16, 17]])
   stored = [Stored(x.swapaxes(1, 2), None) for x in (k, v)]
-  got = cached_attention([q], [stored[0]], stored[1], positions, scale=0.3)
+  got = backends.cached_attention([q], [stored[0]], stored[1], positions, scale=0.3, impl=impl)
   np.testing.assert_allclose(got, plain(q, k, v, 0.3, positions), atol=1e-5)
 
 
-def test_cached_scores_add_up_over_parts(path):
+def test_cached_scores_add_up_over_parts(impl):
   q, k, v, _ = inputs(3, 6, 1, slots=20)
   positions = jnp.array([[4, 5, 6], [15, 16, 17]])
   whole = Stored(k.swapaxes(1, 2), None)
   parts = [Stored(whole.values[..., :7], None), Stored(whole.values[..., 7:], None)]
   values = Stored(v.swapaxes(1, 2), None)
-  got = cached_attention([q[..., :7], q[..., 7:]], parts, values, positions, scale=0.3)
-  expected = cached_attention([q], [whole], values, positions, scale=0.3)
+  got = backends.cached_attention(
+    [q[..., :7], q[..., 7:]], parts, values, positions, scale=0.3, impl=impl
+  )
+  expected = backends.cached_attention([q], [whole], values, positions, scale=0.3, impl=impl)
   np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_cached_int8_is_attention_to_the_dequantised_cache(path):
+def test_cached_int8_is_attention_to_the_dequantised_cache(impl):
   q, k, v, _ = inputs(3, 6, 2, slots=20)
   positions = jnp.array([[4, 5, 6], [15, 16, 17]])
   stored = [Stored(*quantise(x.swapaxes(1, 2))) for x in (k, v)]
   wide = [(s.values * s.scale[..., None]).swapaxes(1, 2) for s in stored]
-  got = cached_attention([q], [stored[0]], stored[1], positions, scale=0.3)
+  got = backends.cached_attention([q], [stored[0]], stored[1], positions, scale=0.3, impl=impl)
   np.testing.assert_allclose(got, plain(q, *wide, 0.3, positions), atol=1e-5)
 
 
-def test_memory_of_the_gradient_is_linear_in_length(path):
+def test_memory_of_the_gradient_is_linear_in_length(impl):
   def peak(length):
     shape = jax.ShapeDtypeStruct((1, length, 4, 32), jnp.float32)
     loss = jax.grad(
-      lambda q, k, v: causal_attention([q], [k], v, scale=1.0).sum(), argnums=(0, 1, 2)
+      lambda q, k, v: backends.causal_attention([q], [k], v, scale=1.0, impl=impl).sum(),
+      argnums=(0, 1, 2),
     )
     return jax.jit(loss).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
 

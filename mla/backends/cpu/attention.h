@@ -13,12 +13,10 @@
 #include <thread>
 #include <vector>
 
+#include "checks.h"
 #include "matrices.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace {
-
-namespace ffi = xla::ffi;
 
 // run(0) .. run(tasks - 1), on this thread and on those of XLA's pool that are free. This thread waits
 // for nothing but tasks already begun, so it is safe on a pool whose threads all wait like this.
@@ -71,9 +69,20 @@ struct Heads {  // [B, T, heads, dims]
   }
 };
 
-Heads heads_of(ffi::AnyBuffer buffer) {
-  const auto shape = buffer.dimensions();
-  return {reinterpret_cast<float*>(buffer.untyped_data()), shape[1], shape[2], shape[3]};
+// The i-th array that a call gives or fills, once it has these sizes.
+template <typename Arrays>
+Heads heads_of(Arrays& arrays, int64_t i, const char* name, std::initializer_list<int64_t> sizes) {
+  const ffi::AnyBuffer array = fitting(array_of(arrays, i), name, {ffi::DataType::F32}, sizes);
+  const auto shape = array.dimensions();
+  return {reinterpret_cast<float*>(array.untyped_data()), shape[1], shape[2], shape[3]};
+}
+
+// Likewise the sums [B, H, T].
+template <typename Arrays>
+float* sums_of(Arrays& arrays, int64_t i, int64_t B, int64_t H, int64_t T) {
+  const ffi::AnyBuffer array =
+      fitting(array_of(arrays, i), "log sums", {ffi::DataType::F32}, {B, H, T});
+  return reinterpret_cast<float*>(array.untyped_data());
 }
 
 using Parts = std::vector<Heads>;

@@ -16,18 +16,37 @@ struct Stored {  // values [B K, S, dims] in the cache's dtype, and for int8 sca
   int64_t K, S, dims;
 };
 
-Stored stored_of(ffi::AnyBuffer values, ffi::AnyBuffer scales, int64_t B) {
+// Array i of a call, and array i + 1 as its scales, once they have these sizes.
+Stored stored_of(ffi::RemainingArgs& args, int64_t i, const char* name, int64_t B, int64_t S,
+                 int64_t dims) {
+  const ffi::AnyBuffer values = fitting(
+      array_of(args, i), name, {ffi::DataType::F32, ffi::DataType::BF16, ffi::DataType::S8},
+      {ANY, S, dims});
   const auto shape = values.dimensions();
+  require(shape[0] % B == 0, "cache: its first axis must hold each row's heads");
   const bool scaled = values.element_type() == ffi::DataType::S8;
+  const float* scales = nullptr;
+  if (scaled)
+    scales = reinterpret_cast<const float*>(
+        fitting(array_of(args, i + 1), "scales", {ffi::DataType::F32}, {shape[0], shape[1]})
+            .untyped_data());
   return {reinterpret_cast<const uint8_t*>(values.untyped_data()),
-          scaled ? reinterpret_cast<const float*>(scales.untyped_data()) : nullptr,
-          values.element_type(), shape[0] / B, shape[1], shape[2]};
+          scales,
+          values.element_type(),
+          shape[0] / B,
+          shape[1],
+          shape[2]};
+}
+
+// Where the slots of key head k begin: its own, or those of the only head, which all share.
+inline int64_t first_slot(const Stored& stored, int64_t b, int64_t k) {
+  return (b * stored.K + k % stored.K) * stored.S;
 }
 
 template <typename Element>
 const Element* slots_of(const Stored& stored, int64_t b, int64_t k, int64_t s) {
   return reinterpret_cast<const Element*>(stored.data) +
-         ((b * stored.K + k) * stored.S + s) * stored.dims;
+         (first_slot(stored, b, k) + s) * stored.dims;
 }
 
 // run(an element of that dtype)
@@ -84,7 +103,7 @@ const float* read_slots(const Stored& stored, int64_t b, int64_t k, int64_t s, i
 
 void times_scales(float* row, const Stored& stored, int64_t b, int64_t k, int64_t s,
                   int64_t count) {
-  const float* scales = stored.scales + (b * stored.K + k) * stored.S + s;
+  const float* scales = stored.scales + first_slot(stored, b, k) + s;
   for (int64_t i = 0; i < count; ++i) row[i] *= scales[i];
 }
 
@@ -167,7 +186,7 @@ void read_for_many(const Cached& c, int64_t b, int64_t k, int64_t s, int64_t end
       const Stored& key = c.keys[part];
       const int64_t row = padded(key.dims);
       // MLA's latent is key and value at once.
-      const float* slots = key.data == c.values.data
+      const float* slots = key.data == c.values.data && key.dims == c.values.dims
                                ? values
                                : read_slots(key, b, k, s, count, key_buffer, row, &next_keys);
       transpose(slots, row, row, columns, &next_keys, &next_values);
@@ -197,8 +216,9 @@ void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* r
   std::memset(mixed, 0, sizeof(float) * c.rows * c.v_row);
   const int32_t* positions = c.positions + b * c.T;
   const int64_t last = *std::max_element(positions, positions + c.T);  // later slots are unseen
-  const int64_t start = split * SPLIT;
-  const int64_t end = std::min({start + SPLIT, last + 1, c.values.S});
+  // A row with more tokens than slots: nothing is read, so that all it gets is 0 / 0, NaN.
+  if (last >= c.values.S) return;
+  const int64_t start = split * SPLIT, end = std::min(start + SPLIT, last + 1);
   if (end <= start) return;
 
   Scratch scratch;
@@ -223,23 +243,31 @@ void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* r
   });
 }
 
-// Arguments: queries, then per key its values and scales, then those of the values, then positions.
-ffi::Error cached_forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                          int64_t parts, float scale) {
+Cached checked(ffi::RemainingArgs& args, ffi::RemainingRets& rets, int64_t parts, float scale) {
+  require(0 < parts && parts <= MOST_PARTS, "parts: must be 1 to 64");
+  require(args.size() == 3 * parts + 3, "cached attention: wrong number of arguments");
+  require(rets.size() == 1, "cached attention: wrong number of results");
   Cached c;
   c.scale = scale;
-  const auto arg = [&](int64_t i) { return *args.get<ffi::AnyBuffer>(i); };
-  c.B = arg(0).dimensions()[0];
+  c.queries.push_back(heads_of(args, 0, "queries", {ANY, ANY, ANY, ANY}));
+  c.B = array_of(args, 0).dimensions()[0], c.T = c.queries[0].T, c.H = c.queries[0].heads;
+  c.values = stored_of(args, 3 * parts, "cached values", c.B, ANY, ANY), c.K = c.values.K;
+  require(c.H % c.K == 0, "queries: the heads of the values must divide theirs");
   for (int64_t i = 0; i < parts; ++i) {
-    c.queries.push_back(heads_of(arg(i)));
-    c.keys.push_back(stored_of(arg(parts + 2 * i), arg(parts + 2 * i + 1), c.B));
+    if (i > 0) c.queries.push_back(heads_of(args, i, "queries", {c.B, c.T, c.H, ANY}));
+    c.keys.push_back(
+        stored_of(args, parts + 2 * i, "cached keys", c.B, c.values.S, c.queries[i].dims));
+    require(c.keys[i].K == 1 || c.keys[i].K == c.K, "cached keys: one head, or the values'");
   }
-  c.values = stored_of(arg(3 * parts), arg(3 * parts + 1), c.B);
-  c.positions = reinterpret_cast<const int32_t*>(arg(3 * parts + 2).untyped_data());
-  c.T = c.queries[0].T, c.H = c.queries[0].heads, c.K = c.values.K;
+  c.positions = reinterpret_cast<const int32_t*>(
+      fitting(array_of(args, 3 * parts + 2), "positions", {ffi::DataType::S32}, {c.B, c.T})
+          .untyped_data());
   c.splits = (c.values.S + SPLIT - 1) / SPLIT;
   c.v_row = padded(c.values.dims), c.rows = c.T * c.H / c.K;
+  return c;
+}
 
+void attend(ffi::ThreadPool pool, const Cached& c, Heads out) {
   std::vector<Running> running(c.B * c.K * c.splits * c.rows);
   std::vector<float> mixed(running.size() * c.v_row);
   parallel(pool, c.B * c.K * c.splits, [&](int64_t task) {
@@ -247,7 +275,6 @@ ffi::Error cached_forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Re
                &running[task * c.rows], &mixed[task * c.rows * c.v_row]);
   });
   // The splits of a query joined: always in one order, so that a result does not depend on the threads.
-  const Heads out = heads_of(**rets.get<ffi::AnyBuffer>(0));
   const int64_t group = c.H / c.K;
   std::vector<float> joined(c.v_row);
   for (int64_t b = 0; b < c.B; ++b)
@@ -267,27 +294,61 @@ ffi::Error cached_forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Re
         }
         scatter(joined.data(), c.v_row, 1 / total, {out}, b, r / group, 1, k * group + r % group);
       }
-  return ffi::Error::Success();
+}
+
+// Arguments: queries, then per key its values and scales, then those of the values, then positions.
+ffi::Error cached_forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                          int64_t parts, float scale) {
+  return answer([&] {
+    const Cached c = checked(args, rets, parts, scale);
+    attend(pool, c, heads_of(rets, 0, "output", {c.B, c.T, c.H, c.values.dims}));
+  });
+}
+
+int64_t product(ffi::Span<const int64_t> sizes, int64_t from, int64_t to) {
+  int64_t all = 1;
+  for (int64_t i = from; i < to; ++i) all *= sizes[i];
+  return all;
 }
 
 // Arguments: an array [B, ..., S, slot] and new slots [B, ..., T, slot] of its dtype, and starts [B];
-// the result is the first with each row's new slots from starts[b] on, in the same memory.
+// S and T are axis `axis`. The result is the first with each row's new slots from starts[b] on, in the
+// same memory. A row that they would run over the end of stays as it was.
 ffi::Error append(ffi::AnyBuffer into, ffi::AnyBuffer fresh, ffi::AnyBuffer starts,
-                  ffi::Result<ffi::AnyBuffer> out, int64_t slots, int64_t count,
-                  int64_t slot_bytes) {
-  uint8_t* to = reinterpret_cast<uint8_t*>(out->untyped_data());
-  const uint8_t* from = reinterpret_cast<const uint8_t*>(fresh.untyped_data());
-  const int32_t* first = reinterpret_cast<const int32_t*>(starts.untyped_data());
-  if (to != into.untyped_data()) std::memcpy(to, into.untyped_data(), into.size_bytes());
-  const int64_t rows = into.dimensions()[0];
-  const int64_t heads = rows == 0 ? 0 : into.size_bytes() / (rows * slots * slot_bytes);
-  for (int64_t b = 0; b < rows; ++b) {
-    const int64_t start = std::clamp<int64_t>(first[b], 0, slots - count);
-    for (int64_t h = b * heads; h < (b + 1) * heads; ++h)
-      std::memcpy(to + (h * slots + start) * slot_bytes, from + h * count * slot_bytes,
-                  count * slot_bytes);
-  }
-  return ffi::Error::Success();
+                  ffi::Result<ffi::AnyBuffer> out, int64_t axis) {
+  return answer([&] {
+    const auto dtype = into.element_type();
+    const int64_t width = dtype == ffi::DataType::F32    ? 4
+                          : dtype == ffi::DataType::BF16 ? 2
+                          : dtype == ffi::DataType::S8   ? 1
+                                                         : 0;
+    require(width > 0, "cache: must be float32, bfloat16 or int8");
+    const auto sizes = into.dimensions(), given = fresh.dimensions(), filled = out->dimensions();
+    const int64_t rank = sizes.size();
+    require(0 < axis && axis < rank, "axis: must be one of the cache's but the first");
+    require(fresh.element_type() == dtype && given.size() == sizes.size(),
+            "new slots: must have the cache's dtype and rank");
+    for (int64_t i = 0; i < rank; ++i)
+      require(i == axis ? given[i] <= sizes[i] : given[i] == sizes[i],
+              "new slots: must have the cache's sizes, and at most as many slots");
+    require(out->element_type() == dtype && filled.size() == sizes.size() &&
+                std::equal(sizes.begin(), sizes.end(), filled.begin()),
+            "result: must be like the cache");
+    fitting(starts, "starts", {ffi::DataType::S32}, {sizes[0]});
+
+    uint8_t* to = reinterpret_cast<uint8_t*>(out->untyped_data());
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(fresh.untyped_data());
+    const int32_t* first = reinterpret_cast<const int32_t*>(starts.untyped_data());
+    if (to != into.untyped_data()) std::memcpy(to, into.untyped_data(), into.size_bytes());
+    const int64_t slots = sizes[axis], count = given[axis], heads = product(sizes, 1, axis);
+    const int64_t slot_bytes = product(sizes, axis + 1, rank) * width;
+    for (int64_t b = 0; b < sizes[0]; ++b) {
+      if (first[b] < 0 || first[b] > slots - count) continue;
+      for (int64_t h = b * heads; h < (b + 1) * heads; ++h)
+        std::memcpy(to + (h * slots + first[b]) * slot_bytes, from + h * count * slot_bytes,
+                    count * slot_bytes);
+    }
+  });
 }
 
 }  // namespace
@@ -299,6 +360,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_append, append,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("slots")
-                                  .Attr<int64_t>("count")
-                                  .Attr<int64_t>("slot_bytes"));
+                                  .Attr<int64_t>("axis"));

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from mla import cpu
+from mla.backends import core_count
 
 FAULTS = """
 import resource, jax, jax.numpy as jnp
-from mla import cpu
-if {keep}:
-  cpu.keep_freed_memory()
-cpu.use_cores(1)
+from mla import backends
+from mla.backends.cpu import host
+if not {keep}:
+  host.keep_freed_memory = lambda: None
+backends.prepare(1)
 f = jax.jit(lambda x: jnp.sum((x @ x.T) @ x))  # works in 64 MB
 x = jnp.ones((4096, 256))
 for _ in range(5):
@@ -40,8 +41,8 @@ def test_kept_memory_is_not_faulted_in_again():
 
 HUGE = """
 import re
-from mla import cpu
-cpu.keep_freed_memory()
+from mla.backends.cpu import host
+host.keep_freed_memory()
 held = [b'1' * 2**27 for _ in range(7)]  # 896 MB, most of what the heap has grown by; not numpy's,
 # which asks for huge pages itself
 heap = re.findall(r'\\[heap\\]\\n(?:.+: .+\\n)+', open('/proc/self/smaps').read())
@@ -59,10 +60,10 @@ def test_the_first_large_arrays_lie_where_huge_pages_are_asked_for():
 
 SCARCE = """
 import re, resource
-from mla import cpu
+from mla.backends.cpu import host
 used = int(re.search(r'VmData:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (used + 2**26, used + 2**26))
-cpu.keep_freed_memory()
+host.keep_freed_memory()
 print('went on')
 """
 
@@ -73,22 +74,24 @@ def test_where_the_heap_may_not_grow_it_goes_on_without():
 
 
 def devices(call: str) -> int:
-  return int(run(f'import jax; from mla import cpu; cpu.{call}; print(jax.device_count())'))
+  return int(
+    run(f'import jax; from mla import backends; backends.{call}; print(jax.device_count())')
+  )
 
 
 @pytest.mark.parametrize('rows', [1, 16])
 def test_devices_divide_the_rows(rows):
-  there = devices(f'use_cores({rows})')
+  there = devices(f'prepare({rows})')
   assert rows % there == 0
   assert rows > 1 or there == 1
 
 
-@pytest.mark.skipif(cpu.core_count() < 2, reason='one core')
+@pytest.mark.skipif(core_count() < 2, reason='one core')
 @pytest.mark.parametrize('mesh', [{'data': 2, 'tensor': 1}, {'data': -1, 'tensor': 2}])
 def test_a_mesh_of_two_finds_two_devices(mesh):
-  assert devices(f'use_cores(2, mesh={mesh})') == 2
+  assert devices(f'prepare(2, mesh={mesh})') == 2
 
 
 def test_a_mesh_beyond_the_cores_gets_no_devices_of_its_own():
-  mesh = {'data': cpu.core_count() + 1}
-  assert devices(f'use_cores(1, mesh={mesh})') == 1
+  mesh = {'data': core_count() + 1}
+  assert devices(f'prepare(1, mesh={mesh})') == 1

@@ -1,14 +1,11 @@
-"""What lets JAX run well on CPU cores; the entry points set it before JAX's first use."""
+"""What lets JAX run well on CPU cores, set before its first use."""
 
 import ctypes
 import math
-import os
 import sys
 from collections.abc import Mapping
 
 import jax
-
-from mla import native
 
 # glibc's mallopt parameters (malloc.h), and the largest value they take.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX, LARGEST = -1, -2, -4, -8, 2**31 - 1
@@ -16,24 +13,17 @@ MADV_HUGEPAGE, HUGE = 14, 2**21  # linux/mman.h; bytes of a huge page on x86-64 
 HEAP = 2**30  # bytes the heap grows by; only what is touched becomes memory
 
 
-def core_count() -> int:
-  """Cores this process may run on."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+def use_devices(rows: int, cores: int, mesh: Mapping[str, int], threaded: bool) -> None:
+  """Has `cores` cores work on a batch of `rows`. Touches no GPU or TPU.
 
-
-def use_cores(rows: int, cores: int = 0, mesh: Mapping[str, int] | None = None) -> None:
-  """Has `cores` cores work on a batch of `rows`; 0 takes all there are. Touches no GPU or TPU.
-
-  With attention in C++ one device's threads keep all cores busy. Without, one device a core, as far
-  as the rows split over them: 1.2 times faster than one with two threads, though devices now and
-  then wait for each other where they add up their gradients (docs/log.md). A `mesh` (config.mesh)
-  that asks for several devices gets them, up to one a core: slower, but it shows the sharding.
+  With attention in C++ (threaded) one device's threads keep all cores busy. Without, one device a
+  core, as far as the rows split over them: 1.2 times faster than one with two threads, though
+  devices now and then wait for each other where they add up their gradients (docs/log.md). A mesh
+  (config.mesh) that asks for several devices gets them, up to one a core: slower, but it shows the
+  sharding.
   """
-  if cores:
-    os.environ['NPROC'] = str(cores)  # XLA's number of threads
-  cores = cores or core_count()
-  devices = 1 if native.load() else max(n for n in range(1, cores + 1) if rows % n == 0)
-  asked = math.prod(size for size in (mesh or {}).values() if size != -1)
+  devices = 1 if threaded else max(n for n in range(1, cores + 1) if rows % n == 0)
+  asked = math.prod(size for size in mesh.values() if size != -1)
   jax.config.update('jax_num_cpu_devices', asked if 1 < asked <= cores else devices)
 
 

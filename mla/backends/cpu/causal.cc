@@ -53,13 +53,23 @@ struct Causal {
   float scale;
   int64_t B, T, H, K, n, n_row, v_row, blocks;
 
-  Causal(ffi::RemainingArgs& args, int64_t parts, float scale) : scale(scale) {
-    for (int64_t i = 0; i < parts; ++i) queries.push_back(heads_of(*args.get<ffi::AnyBuffer>(i)));
-    for (int64_t i = 0; i < parts; ++i)
-      keys.push_back(heads_of(*args.get<ffi::AnyBuffer>(parts + i)));
-    values = heads_of(*args.get<ffi::AnyBuffer>(2 * parts));
-    B = (*args.get<ffi::AnyBuffer>(0)).dimensions()[0];
-    T = values.T, H = queries[0].heads, K = values.heads, n = dims_of(queries);
+  // `more` arrays follow the values, and `results` are to be filled.
+  Causal(ffi::RemainingArgs& args, ffi::RemainingRets& rets, int64_t parts, float scale, size_t more,
+         size_t results)
+      : scale(scale) {
+    require(0 < parts && parts <= MOST_PARTS, "parts: must be 1 to 64");
+    require(args.size() == 2 * parts + 1 + more, "causal attention: wrong number of arguments");
+    require(rets.size() == results, "causal attention: wrong number of results");
+    queries.push_back(heads_of(args, 0, "queries", {ANY, ANY, ANY, ANY}));
+    B = array_of(args, 0).dimensions()[0], T = queries[0].T, H = queries[0].heads;
+    values = heads_of(args, 2 * parts, "values", {B, T, ANY, ANY}), K = values.heads;
+    require(H % K == 0, "queries: the heads of the values must divide theirs");
+    for (int64_t i = 0; i < parts; ++i) {
+      if (i > 0) queries.push_back(heads_of(args, i, "queries", {B, T, H, ANY}));
+      keys.push_back(heads_of(args, parts + i, "keys", {B, T, ANY, queries[i].dims}));
+      require(keys[i].heads == 1 || keys[i].heads == K, "keys: must have one head or the values'");
+    }
+    n = dims_of(queries);
     n_row = padded(n), v_row = padded(values.dims), blocks = (T + BLOCK - 1) / BLOCK;
   }
   int64_t count(int64_t block) const { return std::min<int64_t>(BLOCK, T - block * BLOCK); }
@@ -108,12 +118,13 @@ void forward_of_head(const Causal& c, int64_t b, int64_t k, Heads out, float* lo
 
 ffi::Error causal_forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                           int64_t parts, float scale) {
-  const Causal c(args, parts, scale);
-  const Heads out = heads_of(**rets.get<ffi::AnyBuffer>(0));
-  float* log_sums = reinterpret_cast<float*>((**rets.get<ffi::AnyBuffer>(1)).untyped_data());
-  parallel(pool, c.B * c.K,
-           [&](int64_t task) { forward_of_head(c, task / c.K, task % c.K, out, log_sums); });
-  return ffi::Error::Success();
+  return answer([&] {
+    const Causal c(args, rets, parts, scale, 0, 2);
+    const Heads out = heads_of(rets, 0, "output", {c.B, c.T, c.H, c.values.dims});
+    float* log_sums = sums_of(rets, 1, c.B, c.H, c.T);
+    parallel(pool, c.B * c.K,
+             [&](int64_t task) { forward_of_head(c, task / c.K, task % c.K, out, log_sums); });
+  });
 }
 
 // Gradients of queries, and of keys and values per key head.
@@ -197,21 +208,23 @@ void backward_of_head(const Causal& c, int64_t b, int64_t k, Heads out, const fl
 
 ffi::Error causal_backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                            int64_t parts, float scale) {
-  const Causal c(args, parts, scale);
-  const Heads out = heads_of(*args.get<ffi::AnyBuffer>(2 * parts + 1));
-  const float* log_sums =
-      reinterpret_cast<float*>((*args.get<ffi::AnyBuffer>(2 * parts + 2)).untyped_data());
-  const Heads d_out = heads_of(*args.get<ffi::AnyBuffer>(2 * parts + 3));
-  Gradients to;
-  for (int64_t i = 0; i < parts; ++i) {
-    to.queries.push_back(heads_of(**rets.get<ffi::AnyBuffer>(i)));
-    to.keys.push_back(heads_of(**rets.get<ffi::AnyBuffer>(parts + i)));
-  }
-  to.values = heads_of(**rets.get<ffi::AnyBuffer>(2 * parts));
-  parallel(pool, c.B * c.K, [&](int64_t task) {
-    backward_of_head(c, task / c.K, task % c.K, out, log_sums, d_out, to);
+  return answer([&] {
+    const Causal c(args, rets, parts, scale, 3, 2 * parts + 1);
+    const int64_t V = c.values.dims;
+    const Heads out = heads_of(args, 2 * parts + 1, "output", {c.B, c.T, c.H, V});
+    const float* log_sums = sums_of(args, 2 * parts + 2, c.B, c.H, c.T);
+    const Heads d_out = heads_of(args, 2 * parts + 3, "output's gradient", {c.B, c.T, c.H, V});
+    Gradients to;
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t dims = c.queries[i].dims;
+      to.queries.push_back(heads_of(rets, i, "queries' gradient", {c.B, c.T, c.H, dims}));
+      to.keys.push_back(heads_of(rets, parts + i, "keys' gradient", {c.B, c.T, c.K, dims}));
+    }
+    to.values = heads_of(rets, 2 * parts, "values' gradient", {c.B, c.T, c.K, V});
+    parallel(pool, c.B * c.K, [&](int64_t task) {
+      backward_of_head(c, task / c.K, task % c.K, out, log_sums, d_out, to);
+    });
   });
-  return ffi::Error::Success();
 }
 
 }  // namespace

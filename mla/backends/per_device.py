@@ -1,0 +1,39 @@
+"""A backend's kernel on every device of the mesh: XLA cannot split what it does not see into."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from mla.sharding import RULES
+
+
+def per_device(
+  function: Callable[..., tuple[Array, ...]],
+  arrays: Sequence[Array],
+  axes: Sequence[str],
+  result_axes: Sequence[str],
+  groups: int,
+) -> tuple[Array, ...]:
+  """function on each device's rows and heads, where a mesh of several devices is set.
+
+  Axes are given by their letters. Heads are split where the key heads, of which there are `groups`,
+  are, so that a query stays with the keys it reads; a key's single head for all is on every device.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return function(*arrays)
+  rows, heads = (math.prod(mesh.shape[name] for name in RULES[letter]) for letter in 'BK')
+  split = {'B': arrays[0].shape[0] % rows == 0, 'H': groups % heads == 0, 'K': groups % heads == 0}
+
+  def spec(letters: str, sizes: Sequence[int] | None = None) -> PartitionSpec:
+    return PartitionSpec(*(
+      RULES[letter] if split.get(letter) and not (sizes and sizes[i] == 1) else None
+      for i, letter in enumerate(letters)
+    ))  # fmt: skip
+
+  given = tuple(spec(letters, x.shape) for letters, x in zip(axes, arrays, strict=True))
+  results = tuple(spec(letters) for letters in result_axes)
+  return jax.shard_map(function, in_specs=given, out_specs=results, check_vma=False)(*arrays)
