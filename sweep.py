@@ -6,7 +6,7 @@
 
 Each --sweep multiplies the trials; fields that move together are written
 --sweep=attention,num_kv_heads=gqa:2,mqa:0. Run again, it does only what is missing. Exit codes: 0
-all done, 1 some trial failed, 2 a mistake in what was given, 143 stopped by SIGTERM.
+all done, 1 some trial failed, 2 a mistake in what was given, 143 stopped by SIGTERM, 130 by Ctrl-C.
 """
 
 import math
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from mla import backends, cli, frontier, ray_engine, report, sweep, trials
+from mla import backends, cli, frontier, ray_engine, report, signals, sweep, trials
 from mla.errors import UserError
 
 CONFIG = cli.define_config('--config=configs/mla_small.py')
@@ -64,9 +64,9 @@ def main() -> int:
   trials.check(todo, folder, on_these_devices=ENGINE.value == 'local')
   try:
     lines = sweep.run_sweep(todo, folder, engine, tune_on_first_seed=TUNE.value)
-  except sweep.Stopped:
+  except sweep.Stopped as stopped:
     print('stopped, what was saved is kept; run the same command again to go on')
-    return cli.EXIT_STOPPED
+    return signals.exit_code(stopped.by)
   done = {line['arm'] for line in lines if line['status'] == 'done'}
   if not done or (REFERENCE.value and REFERENCE.value not in done):
     print(f'no report: {REFERENCE.value or "every trial"} failed; see {folder / "logs"}')

@@ -3,14 +3,15 @@
   python train.py --config=configs/mla_small.py [--workdir=DIR] [--config.FIELD=VALUE ...]
 
 Run again with the same workdir, it goes on from the last checkpoint. Exit codes: 0 trained, 2 a
-mistake in what was given, 1 the loss diverged, 143 stopped by SIGTERM with everything saved.
+mistake in what was given, 1 the loss diverged or the machine failed, 143 stopped by SIGTERM and 130
+by Ctrl-C, with everything saved.
 """
 
 from pathlib import Path
 
 from absl import flags
 
-from mla import backends, cli, config
+from mla import backends, cli, config, signals
 from mla.errors import UserError
 from mla.train import train_and_evaluate
 
@@ -25,8 +26,9 @@ def main() -> int:
   rows = CONFIG.value.batch_size // CONFIG.value.accumulation_steps
   backends.prepare(rows, mesh=CONFIG.value.mesh.to_dict())
   workdir = Path(WORKDIR.value or Path('runs') / cli.config_name())
-  if not train_and_evaluate(CONFIG.value, workdir):
-    return cli.EXIT_STOPPED
+  ending = train_and_evaluate(CONFIG.value, workdir)
+  if not ending:
+    return signals.exit_code(ending.value)
   print(f'next: python eval.py --workdir={workdir}')
   return 0
 

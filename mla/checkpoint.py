@@ -1,24 +1,33 @@
 """Checkpoints: the whole training state and the data position, through Orbax, asynchronously.
 
 checkpoints/STEP/ holds `params` and `training` (optimiser, step, random key) as flat dicts of
-arrays, `data` (Grain's position, one file a process) and `run` (what identifies the run, as JSON).
+arrays, `run` (what identifies the run, and how many batches it has taken, as JSON), and SHA256SUMS,
+the checksums of all their files, which is there before the folder gets its name. Checkpoints of
+earlier versions have no checksums and keep `data`, Grain's position, which always was the step.
+
+Only what is proved to be damaged is set aside: a file that differs from its checksum or is missing,
+or without checksums content that the system gives but no library can read. All else is an error
+that moves nothing: rights, memory, another version or number of processes, a config that differs.
 """
 
+import contextlib
+import functools
 import json
 import logging
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from mla import files
+from mla import checksums, files, hosts, metrics
 from mla.config import ADDED_SINCE
-from mla.errors import UserError, first_line
+from mla.errors import MachineError, UserError, first_line
 
 # May change when a run goes on: where it computes and what it writes, not what it learns.
 FREE_FIELDS = (
@@ -26,97 +35,359 @@ FREE_FIELDS = (
   'data.eval_tokens'
 ).split()
 
+LOCK = '.lock'
+SAVED = '.saved'  # a file that says that the run once had a checkpoint
+UNFINISHED = '.orbax-checkpoint-tmp'
+TIMEOUT = 600  # seconds that processes wait for each other's part of a checkpoint
+
+
+class Damaged(Exception):
+  """A checkpoint's content is proved not to be what was written."""
+
+
+class Restored(NamedTuple):
+  step: int
+  batches: int  # taken so far by the whole run; the next one is this one's
+  params: Any
+  training: Any
+
 
 class Checkpoints:
-  """A run's checkpoints; `kept` of them, the oldest go first."""
+  """A run's checkpoints; `kept` of them stay, the oldest go first. Touches nothing until open()."""
 
   def __init__(self, workdir: Path, kept: int = 1):
-    self._path = (workdir / 'checkpoints').absolute()
+    self._workdir = workdir.absolute()
+    self._path = self._workdir / 'checkpoints'
+    self._aside = self._workdir / 'checkpoints-damaged'
     self._kept = kept
-    self._manager = self._open()
-
-  def _open(self) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=self._kept, create=True)
-    return ocp.CheckpointManager(self._path, options=options)
+    self._opened: tuple[int, int] | None = None  # which folder, as the system knows it
+    self._writer: ocp.AsyncCheckpointer | None = None
+    self._writing: int | None = None
 
   def steps(self) -> list[int]:
-    return sorted(self._manager.all_steps())
+    """The whole checkpoints, oldest first."""
+    try:
+      return sorted(
+        int(path.name) for path in self._path.iterdir() if _is_step(path.name) and path.is_dir()
+      )
+    except FileNotFoundError:
+      return []
+    except OSError as error:
+      raise files.cannot(f'{self._path}: cannot be read', error, 'permit that') from error
 
-  def save(self, step: int, params, training, batches: grain.DatasetIterator, run: dict) -> None:
-    """Starts writing; returns once the arrays are copied and may be donated."""
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(flatten(params)),
-        training=ocp.args.StandardSave(flatten(training)),
-        data=grain.checkpoint.CheckpointSave(batches),
-        run=ocp.args.JsonSave(run),
-      ),
-    )
+  # Writing.
 
-  def restore(
-    self, params, training, batches: grain.DatasetIterator, data: str
-  ) -> tuple[int, Any, Any] | None:
-    """The newest whole checkpoint as (step, params, training), placed as the abstract trees say.
+  def open(self) -> None:
+    """Makes the folder and clears away what a kill left unfinished; for the one who writes."""
+    hosts.first_decides(self._prepare)
+    folder = self._path.stat()
+    self._opened = folder.st_dev, folder.st_ino
 
-    Also sets the position of `batches`. A damaged checkpoint is moved aside with a warning, and the
-    one before is taken; None if there has never been any. Raises UserError if all are damaged, or
-    if the run's text is not the one whose digest is `data`.
+  def _prepare(self) -> None:
+    if self._path.is_symlink():
+      raise UserError(f'{self._path}: is a link; move its folder here, or link the whole workdir')
+    try:
+      self._path.mkdir(exist_ok=True)
+      self._clear_unfinished()
+      if self.steps():
+        self._note_saved()
+    except OSError as error:
+      raise files.cannot(f'{self._path}: cannot be written', error, 'permit that') from error
+
+  def save(self, step: int, params, training, run: dict) -> None:
+    """Starts writing; returns once the arrays are copied and may be donated.
+
+    Waits for the checkpoint before, and raises MachineError or UserError if it or the start of this
+    one could not be written; no whole checkpoint is touched by that.
     """
-    steps = self.steps()
-    for step in reversed(steps):
-      try:
-        self.check_data(step, data)
-        found = self._manager.restore(
-          step,
-          args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(flatten(params)),
-            training=ocp.args.StandardRestore(flatten(training)),
-            data=grain.checkpoint.CheckpointRestore(batches),
-          ),
+    with self._told_in_one_line():
+      self._finish()
+      if self._writer is None:
+        options = ocp.AsyncOptions(
+          timeout_secs=TIMEOUT,
+          post_finalization_callback=self._add_checksums,
+          # Waiting for a folder that could not be made would last until the timeout.
+          create_directories_asynchronously=False,
         )
-        return step, unflatten(params, found['params']), unflatten(training, found['training'])
-      except UserError:
-        raise
-      except Exception as error:  # whatever a broken file makes the libraries raise
-        logging.warning('checkpoint %d is damaged (%s)', step, first_line(error))
-        self._set_aside(step)
-    if steps:
-      raise UserError(
-        f'{self._path}: every checkpoint is damaged; they lie in {self._path}-damaged. Start again '
-        'with a new --workdir'
-      )
-    return None
-
-  def restore_params(self, step: int, params):
-    """Only the parameters of one checkpoint."""
-    restored = self._manager.restore(
-      step, args=ocp.args.Composite(params=ocp.args.StandardRestore(flatten(params)))
-    )
-    return unflatten(params, restored['params'])
-
-  def check_data(self, step: int, data: str) -> None:
-    """Raises UserError unless a checkpoint's run was trained on the text of this digest."""
-    found = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
-    if found['run']['data'] != data:
-      raise UserError(
-        f'data: {self._path.parent} was trained on another text or tokenizer than data.* gives '
-        'now; restore what its config.json names there, or use another --workdir'
+        handler = ocp.CompositeCheckpointHandler('params', 'training', 'run')
+        self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
+      self._writing = step
+      run = {**run, 'checksums': checksums.NAME}
+      self._writer.save(
+        self._path / str(step),
+        args=ocp.args.Composite(
+          params=ocp.args.StandardSave(flatten(params)),
+          training=ocp.args.StandardSave(flatten(training)),
+          run=ocp.args.JsonSave(run),
+        ),
       )
 
-  def _set_aside(self, step: int) -> None:
-    aside = self._path.with_name('checkpoints-damaged') / str(step)
-    aside.parent.mkdir(exist_ok=True)
-    if aside.exists():
-      shutil.rmtree(aside)
-    self._manager.close()
-    os.replace(self._path / str(step), aside)
-    self._manager = self._open()
+  def check(self) -> None:
+    """Raises what went wrong with the checkpoint being written, if that is known by now."""
+    if self._writer is None:
+      return
+    with self._told_in_one_line():
+      self._check_folder()
+      self._writer.check_for_errors()
+      if hosts.is_first() and not (self._workdir / SAVED).exists() and self.steps():
+        self._note_saved()
 
   def close(self) -> None:
-    """Waits for what is being written."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    """Waits for what is being written; raises as save()."""
+    if self._writer is None:
+      return
+    with self._told_in_one_line():
+      self._finish()
+      self._writer.close()
+      self._writer = None
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, kind, error, trace) -> None:
+    # An error on its way out is the one to tell.
+    with contextlib.suppress(Exception) if error else contextlib.nullcontext():
+      self.close()
+
+  def _finish(self) -> None:
+    """Waits for the checkpoint being written; then those beyond `kept` go."""
+    if self._opened is None:
+      self.open()
+    self._check_folder()
+    if self._writer is None:
+      return
+    self._writer.wait_until_finished()
+    self._check_folder()
+    if hosts.is_first():
+      self._note_saved()
+      for step in self.steps()[: -self._kept]:
+        # Under a name of its own first: what a kill leaves of it is no checkpoint.
+        going = self._path / f'{step}{UNFINISHED}'
+        os.rename(self._path / str(step), going)
+        shutil.rmtree(going)
+
+  def _check_folder(self) -> None:
+    """Raises MachineError if the folder is not the one opened; Orbax would make it anew."""
+    try:
+      folder = self._path.stat()
+    except FileNotFoundError:
+      folder = None
+    if folder is None or (folder.st_dev, folder.st_ino) != self._opened:
+      raise MachineError(
+        f'{self._path}: the folder has gone while the run was at work; put it back, then run the '
+        'same again'
+      )
+
+  def _add_checksums(self) -> None:
+    """Called in the first process when all files are written, before the folder gets its name."""
+    checksums.write(self._path / f'{self._writing}{UNFINISHED}', ('params', 'training', 'run'))
+
+  def _note_saved(self) -> None:
+    path = self._workdir / SAVED
+    if not path.exists():
+      files.write_whole(path, 'this run has had a checkpoint; without one it does not start anew\n')
+
+  def _clear_unfinished(self) -> None:
+    for path in self._path.iterdir():
+      if re.fullmatch(rf'\d+{re.escape(UNFINISHED)}.*', path.name) and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+
+  @contextlib.contextmanager
+  def _told_in_one_line(self) -> Iterator[None]:
+    """Whatever keeps a checkpoint from being written, as an error for the user."""
+    try:
+      yield
+    except Exception as error:
+      self._writer = None  # its thread has ended, and what it knows is told here
+      if isinstance(error, (UserError, MachineError)):
+        raise
+      self._check_folder()
+      if hosts.is_first():
+        with contextlib.suppress(OSError):
+          self._clear_unfinished()  # it takes space that is needed
+      doing = f'{self._path}: checkpoint {self._writing} cannot be written'
+      refused = files.refusal(error)
+      if refused is not None:
+        raise files.cannot(doing, refused, 'permit that') from error
+      reason = f'{type(error).__name__}: {first_line(error)}'
+      raise MachineError(f'{doing} ({reason}); those before it are whole') from error
+
+  # Reading.
+
+  def restore(self, params, training, run: dict) -> Restored | None:
+    """The newest checkpoint that is whole, its arrays placed as the abstract trees say.
+
+    A damaged one is moved to checkpoints-damaged with a warning, and the one before is taken. None
+    if there has never been any. Raises UserError if all are damaged or gone, if the run's text or
+    config is not that of `run`, or if a whole one does not fit; MachineError where memory or
+    handles lack. Over several processes the first decides what is damaged.
+    """
+    while True:
+      found = hosts.first_decides(functools.partial(self._newest_whole, run))
+      if found is None:
+        return None
+      step, batches = found
+      failure: Exception | None = None
+      try:
+        parts = (self._read(step, 'params', params), self._read(step, 'training', training))
+      except (Damaged, UserError, MachineError) as error:
+        failure = error
+      verdict = hosts.largest(0 if failure is None else 1 if isinstance(failure, Damaged) else 2)
+      if verdict == 0:
+        return Restored(step, batches, *parts)
+      if verdict == 2:
+        if failure is not None and not isinstance(failure, Damaged):
+          raise failure
+        raise MachineError(f'{self._path}: another process of the run cannot read it, as it says')
+      hosts.first_decides(functools.partial(self._set_aside, step, str(failure or 'unreadable')))
+
+  def read_params(self, params, run: dict) -> tuple[int, Any]:
+    """The newest checkpoint's step and parameters. Writes nothing, so the folder needs no rights.
+
+    Raises UserError if there is none, if it is damaged, or as restore().
+    """
+    steps = self.steps()
+    if not steps:
+      raise UserError(f'--workdir={self._workdir}: the run has no checkpoint yet; train it first')
+    try:
+      self._check_whole(steps[-1], ('params', 'run'))
+      self._check_run(steps[-1], run)
+      return steps[-1], self._read(steps[-1], 'params', params)
+    except Damaged as damaged:
+      raise UserError(
+        f'{self._path}/{steps[-1]}: cannot be read ({damaged}); run train.py on the same workdir '
+        'to go on from the one before'
+      ) from damaged
+
+  def _newest_whole(self, run: dict) -> tuple[int, int] | None:
+    """(step, batches taken) of the newest checkpoint that is not damaged; those that are go."""
+    for step in reversed(self.steps()):
+      try:
+        self._check_whole(step, ('params', 'training', 'run'))
+        saved = self._check_run(step, run)
+        return step, int(saved.get('batches', step))
+      except Damaged as damaged:
+        self._set_aside(step, str(damaged))
+    self._check_never_saved()
+    return None
+
+  def _check_whole(self, step: int, parts: tuple[str, ...]) -> None:
+    folder = self._path / str(step)
+    try:
+      damage = checksums.difference(folder, parts)
+      has_checksums = (folder / checksums.NAME).exists()
+    except OSError as error:
+      raise files.cannot(f'{folder}: cannot be read', error, 'permit that') from error
+    if damage is not None:
+      raise Damaged(damage)
+    if not has_checksums and 'checksums' in self._run(step):
+      raise Damaged(f'{checksums.NAME} is missing')
+
+  def _run(self, step: int) -> dict:
+    path = self._path / str(step) / 'run' / 'metadata'
+    if not path.is_file():
+      raise Damaged('run/metadata is missing')
+    try:
+      run = json.loads(path.read_bytes().decode())
+    except OSError as error:
+      raise files.cannot(f'{path}: cannot be read', error, 'permit that') from error
+    except (ValueError, RecursionError) as error:
+      raise Damaged('run/metadata is no JSON') from error
+    if not isinstance(run, dict) or not isinstance(run.get('data'), str):
+      raise Damaged('run/metadata says nothing of the data')
+    return run
+
+  def _check_run(self, step: int, run: dict) -> dict:
+    """What the checkpoint says of its run; UserError unless that is the run asked for."""
+    saved = self._run(step)
+    if saved['data'] != run['data']:
+      raise UserError(
+        f'data: {self._workdir} was trained on another text or tokenizer than data.* gives '
+        'now; restore what its config.json names there, or use another --workdir'
+      )
+    if isinstance(saved.get('config'), dict):
+      # A config.json that was changed by hand or damaged would run these weights as another model.
+      name, there, here = _first_difference(complete(saved['config']), ConfigDict(run['config']))
+      if name:
+        raise UserError(
+          f'{name}={here}: {self._path}/{step} was trained with {name}={there}; restore '
+          'config.json or give that value'
+        )
+    return saved
+
+  def _read(self, step: int, part: str, abstract):
+    """One part's arrays, in the structure and places of the abstract tree."""
+    folder = self._path / str(step)
+    try:
+      # No Checkpointer, in which every process would wait for one that failed.
+      args = ocp.args.StandardRestore(flatten(abstract))
+      flat = ocp.StandardCheckpointHandler().restore(folder / part, args=args)
+    except Exception as error:
+      refused = files.refusal(error)
+      if refused is not None:
+        raise files.cannot(f'{folder}: cannot be read', refused, 'permit that') from error
+      unchecked = not (folder / checksums.NAME).exists()
+      if unchecked and _is_proof(error):
+        raise Damaged(f'{part}: {first_line(error)}') from error
+      whole = 'nothing proves it damaged' if unchecked else 'its files are whole'
+      raise UserError(
+        f'{folder}/{part}: does not fit this run, though {whole} ({first_line(error)}); go on with '
+        'the version and the JAX settings that wrote it, or use another --workdir'
+      ) from error
+    return unflatten(abstract, flat)
+
+  def _set_aside(self, step: int, damage: str) -> None:
+    if self._aside.is_symlink():
+      raise UserError(
+        f'{self._aside}: is a link; remove it, for damaged checkpoints are kept there'
+      )
+    try:
+      self._aside.mkdir(exist_ok=True)
+      place = files.unused(self._aside / str(step))
+      os.rename(self._path / str(step), place)
+    except OSError as error:
+      doing = f'{self._path}/{step}: is damaged ({damage}) and cannot be set aside'
+      raise files.cannot(doing, error, f'move it away, and mend {self._aside}') from error
+    logging.warning('checkpoint %d is damaged (%s); it lies in %s now', step, damage, place)
+
+  def _check_never_saved(self) -> None:
+    """Raises UserError if there were checkpoints once: a run must not start over by itself."""
+    try:
+      damaged = self._aside.is_dir() and any(self._aside.iterdir())
+    except OSError as error:
+      raise files.cannot(f'{self._aside}: cannot be read', error, 'permit that') from error
+    if damaged:
+      raise UserError(
+        f'{self._path}: every checkpoint is damaged; they lie in {self._aside}. Put back one you '
+        'trust, or start again with a new --workdir'
+      )
+    if (self._workdir / SAVED).exists() or self._metrics_tell_of_one():
+      raise UserError(
+        f'{self._path}: holds no checkpoint, but the run has had some; put them back, or start '
+        'again with a new --workdir'
+      )
+
+  def _metrics_tell_of_one(self) -> bool:
+    """Whether more steps are told than a run may have taken before its first whole checkpoint.
+
+    For runs of earlier versions. The second save waits for the first.
+    """
+    path = self._workdir / 'metrics.jsonl'
+    if not path.exists():
+      return False
+    every = read_config(self._workdir).get('checkpoint_every')
+    steps = [line['step'] for line in metrics.read(path)]
+    return isinstance(every, int) and max(steps, default=0) > 2 * every
+
+
+def _is_step(name: str) -> bool:
+  return re.fullmatch(r'0|[1-9][0-9]{0,17}', name) is not None
+
+
+def _is_proof(error: Exception) -> bool:
+  """Whether a library's error, on files the system gives, can only come from their content."""
+  kinds = (json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError)
+  return isinstance(error, kinds) or 'DATA_LOSS' in str(error)
 
 
 def flatten(tree) -> dict[str, Any]:
@@ -145,28 +416,71 @@ def identity(config: ConfigDict) -> dict[str, Any]:
   }
 
 
+def _first_difference(there: ConfigDict, here: ConfigDict) -> tuple[str, Any, Any]:
+  """(name, its value there, here) of a field in which two runs differ; ('', None, None) if none."""
+  ours, theirs = identity(here), identity(there)
+  for name in sorted({*ours, *theirs}):
+    if ours.get(name) != theirs.get(name):
+      return name, theirs.get(name), ours.get(name)
+  return '', None, None
+
+
+def complete(fields: dict[str, Any]) -> ConfigDict:
+  """A config as an earlier version wrote it, with the fields added since as they were then."""
+  return ConfigDict({**ADDED_SINCE, **fields})
+
+
+def check_workdir(config: ConfigDict, workdir: Path) -> None:
+  """Raises UserError if the folder holds something else than this run, or nothing. Only looks."""
+  if (workdir / 'config.json').exists():
+    name, there, here = _first_difference(read_config(workdir), config)
+    if name:
+      raise UserError(
+        f'{name}={here}: {workdir} holds a run with {name}={there}; use that value to go on, or '
+        'another --workdir'
+      )
+  elif workdir.exists() and (
+    not workdir.is_dir()
+    or not all(path.name == LOCK or files.is_draft(path) for path in workdir.iterdir())
+  ):
+    raise UserError(
+      f'--workdir={workdir}: is not empty and holds no config.json of a run; choose another folder'
+    )
+
+
 def claim_workdir(config: ConfigDict, workdir: Path) -> None:
   """Makes the folder this run's own: writes config.json, or checks that the one there fits.
 
   Raises UserError if the folder holds something else, or a run that differs in a field that counts.
   """
+  check_workdir(config, workdir)
   path = workdir / 'config.json'
   if path.exists():
-    there, here = identity(read_config(workdir)), identity(config)
-    for name in sorted({*there, *here}):
-      if there.get(name) != here.get(name):
-        raise UserError(
-          f'{name}={here.get(name)}: {workdir} holds a run with {name}={there.get(name)}; use that '
-          'value to go on, or another --workdir'
-        )
     return
-  if workdir.exists() and (not workdir.is_dir() or not all(map(files.is_draft, workdir.iterdir()))):
-    raise UserError(
-      f'--workdir={workdir}: is not empty and holds no config.json of a run; choose another folder'
-    )
+  _make(workdir)
+  try:
+    files.write_whole(path, json.dumps(config.to_dict(), indent=2) + '\n')
+  except OSError as error:
+    raise files.cannot(
+      f'--workdir={workdir}: cannot be written', error, 'choose another'
+    ) from error
+
+
+@contextlib.contextmanager
+def lease_workdir(workdir: Path, *, wait: bool = False) -> Iterator[None]:
+  """Keeps every other trainer out of the folder, which is made if need be.
+
+  Raises UserError if another process is training there, unless it is to wait for it.
+  """
+  _make(workdir)
+  busy = f'--workdir={workdir}: another process is training there; wait for it, or choose another'
+  with files.lease(workdir / LOCK, busy, wait=wait):
+    yield
+
+
+def _make(workdir: Path) -> None:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    files.write_whole(path, json.dumps(config.to_dict(), indent=2) + '\n')
   except OSError as error:
     raise files.cannot(
       f'--workdir={workdir}: cannot be written', error, 'choose another'
@@ -182,4 +496,4 @@ def read_config(workdir: Path) -> ConfigDict:
   found = files.read_json(path, cure)
   if not isinstance(found, dict):
     raise UserError(f'{path}: cannot be read as a config, for it is no JSON object; {cure}')
-  return ConfigDict({**ADDED_SINCE, **found})
+  return complete(found)

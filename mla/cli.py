@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,10 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from mla import signals
 from mla.errors import Diverged, MachineError, UserError
 
-EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 1, 2, 143  # 143 = 128 + SIGTERM, as a shell says it
+EXIT_FAILED, EXIT_USER_ERROR = 1, 2
 COMPILATION_CACHE = Path('~/.cache/mla-lab/xla')
 
 
@@ -33,7 +35,8 @@ def config_name() -> str:
 def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
   """Parses the flags, calls main, and exits with its code (None is 0).
 
-  A UserError ends in one line on stderr and exit code 2, Diverged and MachineError likewise with 1.
+  A UserError ends in one line on stderr and exit code 2, Diverged and MachineError likewise with 1;
+  Ctrl-C, where nothing is there to be saved, ends quietly with 130.
   """
   argv = sys.argv if argv is None else argv
   log_plainly()
@@ -45,6 +48,8 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
     sys.exit(_complain(error, EXIT_USER_ERROR))
   except (Diverged, MachineError) as error:
     sys.exit(_complain(error, EXIT_FAILED))
+  except KeyboardInterrupt:
+    sys.exit(signals.exit_code(signal.SIGINT))
 
 
 def log_plainly() -> None:

@@ -37,7 +37,7 @@ from mla import model as model_lib
 from mla import sharding
 from mla.checkpoint import Checkpoints, read_config
 from mla.data.pipeline import EvalWindows, eval_windows, load_data
-from mla.errors import UserError, first_line
+from mla.errors import UserError
 
 CHUNK = 64
 BATCH = 32
@@ -101,32 +101,20 @@ def score_run(
 def load_model(
   workdir: Path, config: ConfigDict, vocab: int, data: str, mesh: Mesh
 ) -> tuple[model_lib.Decoder, int]:
-  """The newest checkpoint's model, whole on every device, and its step; `data`: text's digest."""
-  if not (workdir / 'checkpoints').is_dir():
-    raise UserError(f'--workdir={workdir}: the run has no checkpoint yet; train it first')
-  checkpoints = Checkpoints(workdir)
-  steps = checkpoints.steps()
-  if not steps:
-    raise UserError(f'--workdir={workdir}: the run has no checkpoint yet; train it first')
+  """The newest checkpoint's model, whole on every device, and its step; `data`: text's digest.
+
+  Raises UserError as Checkpoints.read_params.
+  """
   model = nnx.eval_shape(lambda: model_lib.make_model(config, vocab))
   graphdef, params = nnx.split(model)
   everywhere = NamedSharding(mesh, PartitionSpec())
   target = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), params
   )
-  try:
-    checkpoints.check_data(steps[-1], data)
-    params = checkpoints.restore_params(steps[-1], target)
-  except UserError:
-    raise
-  except Exception as error:  # whatever a broken file makes the libraries raise
-    raise UserError(
-      f'{workdir}/checkpoints/{steps[-1]}: cannot be read ({first_line(error)}); run train.py on '
-      'the same workdir to go on from the one before'
-    ) from error
-  finally:
-    checkpoints.close()
-  return nnx.merge(graphdef, params), steps[-1]
+  step, params = Checkpoints(workdir).read_params(
+    target, {'config': config.to_dict(), 'data': data}
+  )
+  return nnx.merge(graphdef, params), step
 
 
 def nll_through_cache(

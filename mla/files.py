@@ -6,6 +6,7 @@ taking its place replaces a link instead of writing to what the link names.
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -36,6 +37,44 @@ def cannot(doing: str, error: OSError, cure: str) -> UserError | MachineError:
   if error.errno in EXHAUSTED:
     return MachineError(f'{doing}: {EXHAUSTED[error.errno]}; mend that, then run the same again')
   return UserError(f'{doing} ({error.strerror or error}); {cure}')
+
+
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS)  # what the user has to permit
+
+
+def refusal(error: BaseException) -> OSError | None:
+  """What the system refused behind an error that some library raised; None if it was nothing.
+
+  Only what another try can mend: rights, space, handles, memory. Libraries in C++ tell it as text.
+  """
+  causes: list[BaseException | None] = [error]
+  for cause in causes:  # grows on the way
+    if cause is None or len(causes) > 100:
+      continue
+    told = re.search(r'OS error (\d+)|\[Errno (\d+)\]', str(cause))
+    number = cause.errno if isinstance(cause, OSError) else None
+    if number is None and told:
+      number = int(told[1] or told[2])
+    if number is None and (isinstance(cause, MemoryError) or 'RESOURCE_EXHAUSTED' in str(cause)):
+      number = errno.ENOMEM
+    if number in EXHAUSTED or number in REFUSALS:
+      return OSError(number, os.strerror(number))
+    if isinstance(cause, BaseExceptionGroup):
+      causes += cause.exceptions
+    causes += [cause.__cause__, None if cause.__suppress_context__ else cause.__context__]
+  return None
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+  """Writes every byte; a disk that takes only some of them raises."""
+  while content:
+    content = content[os.write(descriptor, content) :]
+
+
+def unused(path: Path) -> Path:
+  """`path`, or if that is taken the first of path-2, path-3, ... that is not."""
+  names = itertools.chain([path], (path.with_name(f'{path.name}-{n}') for n in itertools.count(2)))
+  return next(name for name in names if not os.path.lexists(name))
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

@@ -59,7 +59,7 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
   the reference is not there. A number that the data does not give is None.
   """
   path = folder / 'results.jsonl'
-  lines = metrics.read(path) if path.exists() else []
+  lines = metrics.read(path, 'trial') if path.exists() else []
   rates = _losses(lines)
   if not rates:
     raise UserError(f'{path}: holds no trial that is done; run the sweep first')

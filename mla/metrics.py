@@ -1,25 +1,41 @@
 """What a run reports: metrics.jsonl (the truth), TensorBoard, and the terminal."""
 
 import json
+import logging
+import os
+import shutil
+import struct
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 from mla import files
 
+CURE = 'move it away'
+
 
 class Metrics:
-  """Writes a run's numbers as they come; a run that resumes at `start` first forgets later ones."""
+  """Writes a run's numbers as they come; a run that resumes at `start` first forgets later ones.
+
+  Raises MachineError or UserError where metrics.jsonl cannot be written. TensorBoard's files only
+  repeat it, so what is wrong with them is a warning.
+  """
 
   def __init__(self, workdir: Path, *, start: int, total: int):
     self.path = workdir / 'metrics.jsonl'
     self.total = total
     _drop_after(self.path, start)
-    self._file = self.path.open('a')
-    self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start + 1)
+    try:
+      self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+      raise files.cannot(f'{self.path}: cannot be written', error, CURE) from error
+    self._board = Board(workdir / 'tensorboard', start)
     self._bar = (
       tqdm(total=total, initial=start, unit='step', dynamic_ncols=True)
       if sys.stderr.isatty()
@@ -29,13 +45,16 @@ class Metrics:
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """Adds one line of finite numbers."""
-    self._file.write(json.dumps({'step': step, **values}, allow_nan=False) + '\n')
-    self._file.flush()
+    line = json.dumps({'step': step, **values}, allow_nan=False) + '\n'
+    try:
+      files.write_all(self._file, line.encode())
+    except OSError as error:
+      raise files.cannot(f'{self.path}: cannot be written', error, CURE) from error
     for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+      self._board.add(step, summary=summary.scalar(name, value))
 
   def write_text(self, step: int, name: str, text: str) -> None:
-    self._board.add_text(name, text, step)
+    self._board.add(step, summary=summary.text(name, text))
 
   def progress(self, step: int, values: dict[str, float]) -> None:
     """Moves the bar on a terminal; prints a plain line in a pipe."""
@@ -64,7 +83,56 @@ class Metrics:
     if self._bar is not None:
       self._bar.close()
     self._board.close()
-    self._file.close()
+    os.close(self._file)
+
+  def __enter__(self) -> 'Metrics':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+
+class Board:
+  """TensorBoard's event file, written at once and in the caller's thread.
+
+  tensorboardX has a thread for it: one that meets a full disk dies there, and the run then waits
+  for ever to hand it the next event. Here the first error ends the file, with a warning.
+  """
+
+  def __init__(self, folder: Path, start: int):
+    self._folder = folder
+    self._file: int | None = None
+    name = f'events.out.tfevents.{int(time.time())}.{os.uname().nodename}.{os.getpid()}'
+    try:
+      folder.mkdir(exist_ok=True)
+      path = files.unused(folder / name)
+      self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except OSError as error:
+      self._give_up(error)
+    self.add(0, file_version='brain.Event:2')
+    # Whatever an earlier file holds from the next step on is void.
+    self.add(start + 1, session_log=SessionLog(status=SessionLog.START))
+
+  def add(self, step: int, **what: Any) -> None:
+    """Adds an event: a summary=, or what else an Event has."""
+    if self._file is None:
+      return
+    event = Event(step=step, wall_time=time.time(), **what).SerializeToString()
+    length = struct.pack('<Q', len(event))
+    sums = (struct.pack('<I', masked_crc32c(part)) for part in (length, event))
+    try:
+      files.write_all(self._file, length + next(sums) + event + next(sums))
+    except OSError as error:
+      self._give_up(error)
+
+  def _give_up(self, error: OSError) -> None:
+    self.close()
+    logging.warning('%s: no more events go there (%s)', self._folder, error.strerror)
+
+  def close(self) -> None:
+    if self._file is not None:
+      os.close(self._file)
+      self._file = None
 
 
 class NoMetrics:
@@ -86,19 +154,45 @@ class NoMetrics:
     pass
 
 
-def read(path: Path) -> list[dict]:
-  """The whole lines of a metrics.jsonl; a last line cut short by a kill is left out."""
-  lines = []
-  for line in path.read_text().splitlines():
-    try:
-      lines.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
+def read(path: Path, key: str = 'step') -> list[dict]:
+  """The whole lines of a metrics.jsonl, or of another file whose lines all have `key`.
+
+  A last line cut short by a kill is left out; so is, with a warning, one that is broken. UserError
+  if the file can't be read.
+  """
+  lines, broken = _read(path, key)
+  if broken:
+    logging.warning('%s: %d broken lines are left out, line %d first', path, len(broken), broken[0])
   return lines
 
 
+def _read(path: Path, key: str) -> tuple[list[dict], list[int]]:
+  """The whole lines, and the numbers of those that are broken."""
+  lines, broken = [], []
+  raw = files.read_bytes(path, CURE).split(b'\n')
+  for number, part in enumerate(raw, 1):
+    try:
+      line = json.loads(part.decode())
+    except (ValueError, RecursionError):
+      line = None
+    if isinstance(line, dict) and key in line and (key != 'step' or type(line[key]) is int):
+      lines.append(line)
+    elif part and number < len(raw):  # what follows the last line's end may be cut short
+      broken.append(number)
+  return lines, broken
+
+
 def _drop_after(path: Path, step: int) -> None:
-  if not path.exists():
+  """Leaves the lines up to a step. What was broken stays in a copy, for somebody to look at."""
+  if not os.path.lexists(path):
     return
-  kept = [line for line in read(path) if line['step'] <= step]
-  files.write_whole(path, ''.join(json.dumps(line) + '\n' for line in kept))
+  lines, broken = _read(path, 'step')
+  try:
+    if broken:
+      copy = files.unused(path.with_name('metrics-damaged.jsonl'))
+      shutil.copyfile(path, copy)
+      logging.warning('%s: line %d is broken and left out; %s has it', path, broken[0], copy)
+    kept = [line for line in lines if line['step'] <= step]
+    files.write_whole(path, ''.join(json.dumps(line) + '\n' for line in kept))
+  except OSError as error:
+    raise files.cannot(f'{path}: cannot be written', error, CURE) from error

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from mla import backends
 from mla.checkpoint import claim_workdir
-from mla.errors import Diverged, UserError, first_line
+from mla.errors import Diverged, MachineError, UserError, first_line
 from mla.sweep import Done, Engine, Stopped, failed_line, log_of, run_trial
 from mla.trials import Trial
 
@@ -93,7 +93,11 @@ def _run(
       logs = f'{folder}/logs/{of.name}.txt and {folder}/ray'
       done(of, failed_line(of, f'its process ended {RESTARTS + 1} times; see {logs}'))
 
+  stopped_by = signal.SIGINT  # if by any
+
   def stop(*signal_and_frame) -> None:
+    nonlocal stopped_by
+    stopped_by = signal.SIGTERM
     signal.raise_signal(signal.SIGINT)  # on which Tune ends quietly
 
   todo, folder = list(trials), folder.absolute()
@@ -131,7 +135,7 @@ def _run(
     if started:
       ray.shutdown()
   if len(ended) < len(todo):
-    raise Stopped
+    raise Stopped(stopped_by)
 
 
 def _connect(address: str | None) -> None:
@@ -215,7 +219,7 @@ def _work_on_slice(
 def _train_on_slice(
   config: ConfigDict, workdir: Path, *, slice_: Slice, resources: dict[str, int | float]
 ) -> bool:
-  """train_and_evaluate as one program over a slice's hosts; if one is lost, again on a slice."""
+  """Trains as one program over a slice's hosts; if one is lost, again on a slice."""
   from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
   from ray.train.v2.jax import JaxTrainer
 
@@ -247,7 +251,7 @@ def _train_on_slice(
 def _train_on_host(what: dict) -> str:
   """A host's part; Ray has joined the hosts to one jax.distributed program. Returns the error."""
   from mla import cli
-  from mla.train import train_and_evaluate
+  from mla.train import train_leased
 
   cli.log_plainly()
   cli.use_compilation_cache()
@@ -255,7 +259,7 @@ def _train_on_host(what: dict) -> str:
   with log.open('a') as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
     print(f'process {os.getpid()} on {platform.node()}', flush=True)
     try:
-      train_and_evaluate(what['config'], what['workdir'])
-    except (UserError, Diverged) as failed:  # another try would end the same
+      train_leased(what['config'], what['workdir'])  # run_trial, elsewhere, holds the lease
+    except (UserError, Diverged, MachineError) as failed:  # another try would end the same
       return str(failed)
   return ''

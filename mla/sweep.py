@@ -22,10 +22,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mla import cost, files, frontier, metrics
+from mla.checkpoint import lease_workdir
 from mla.data.pipeline import load_data
-from mla.errors import Diverged, UserError, first_line
+from mla.errors import Diverged, MachineError, UserError, first_line
 from mla.evaluate import score_run
-from mla.train import StopSignal, train_and_evaluate
+from mla.signals import StopSignal
+from mla.train import train_leased
 from mla.trials import Trial, file_name
 
 CACHE_DTYPE = 'bfloat16'  # of the cache the trials are read through
@@ -36,7 +38,11 @@ Engine = Callable[[Sequence[Trial], Path, Done], None]
 
 
 class Stopped(Exception):
-  """SIGTERM ended the sweep, with everything saved."""
+  """A signal, SIGTERM or Ctrl-C, ended the sweep, with everything saved."""
+
+  def __init__(self, by: int):
+    super().__init__(by)
+    self.by = by  # the signal's number
 
 
 def local(trials: Sequence[Trial], folder: Path, done: Done) -> None:
@@ -48,7 +54,7 @@ def local(trials: Sequence[Trial], folder: Path, done: Done) -> None:
       if line['status'] != 'stopped':
         done(trial, line)
       if stop.requested:
-        raise Stopped
+        raise Stopped(stop.requested)
   finally:
     stop.restore()
 
@@ -65,7 +71,7 @@ def run_sweep(
 
   With tune_on_first_seed, every learning rate runs with the first seed only, and each arm's best
   with the others. Raises UserError if another sweep runs in the folder, or if a result there is
-  of another config; Stopped on SIGTERM.
+  of another config; Stopped on SIGTERM or Ctrl-C.
   """
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,13 +116,14 @@ def _two_stages(trials: Sequence[Trial], results: 'Results') -> Iterator[list[Tr
 
 
 def run_trial(
-  trial: Trial, folder: Path, train: Callable[[ConfigDict, Path], bool] = train_and_evaluate
+  trial: Trial, folder: Path, train: Callable[[ConfigDict, Path], Any] = train_leased
 ) -> dict[str, Any]:
   """Trains a trial, or goes on with it, and reads it through its cache; returns its line.
 
-  Waits while another process holds the trial's lease. What goes wrong becomes status 'failed' with
-  one line of error, so that it ends no other trial; SIGTERM gives 'stopped'. `train` does the
-  training, in this process unless the engine has others for it.
+  Waits while another process holds the lease of the trial's workdir, train.py among them. What goes
+  wrong becomes status 'failed' with one line of error, so that it ends no other trial; SIGTERM and
+  Ctrl-C give 'stopped'. `train` does the training, in this process unless the engine has others for
+  it; it says something false if it was stopped.
   """
   workdir, log = folder / 'trials' / trial.name, log_of(folder / 'trials' / trial.name)
   for path in (workdir.parent, log.parent):
@@ -124,7 +131,7 @@ def run_trial(
   line = _line(trial)
   began = time.monotonic()
   with (
-    files.lease(folder / 'trials' / f'{trial.name}.lock', '', wait=True),
+    lease_workdir(workdir, wait=True),
     log.open('a') as out,
     contextlib.redirect_stdout(out),
     contextlib.redirect_stderr(out),
@@ -145,7 +152,7 @@ def run_trial(
         'seconds': time.monotonic() - began,
         'window_nll': [float(value) for value in nll],
       }
-    except (UserError, Diverged) as error:
+    except (UserError, Diverged, MachineError) as error:
       return failed_line(trial, str(error))
     except Exception as error:
       traceback.print_exc()
@@ -197,7 +204,7 @@ class Results:
 
   def __init__(self, folder: Path):
     self._path, self._windows_path = folder / 'results.jsonl', folder / 'windows.npz'
-    lines = metrics.read(self._path) if self._path.exists() else []
+    lines = metrics.read(self._path, 'trial') if self._path.exists() else []
     self._lines = {line['trial']: line for line in lines}
     self._windows: dict[str, np.ndarray] = {}
     if self._windows_path.exists():

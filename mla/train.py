@@ -1,9 +1,10 @@
 """Trains one model: config in, checkpoints and metrics out. Knows nothing of sweeps."""
 
+import contextlib
+import enum
 import functools
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,18 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from mla import config as config_lib
+from mla import hosts, sharding
 from mla import model as model_lib
-from mla import sharding
-from mla.checkpoint import Checkpoints, claim_workdir
-from mla.data.pipeline import Data, EvalWindows, eval_windows, load_data, train_batches
+from mla.checkpoint import Checkpoints, check_workdir, claim_workdir, lease_workdir
+from mla.data.pipeline import Data, EvalWindows, eval_windows, load_data, skip_to, train_batches
 from mla.errors import Diverged
 from mla.metrics import Metrics, NoMetrics
 from mla.optimizer import make_optimizer, make_schedule
+from mla.signals import CAUGHT, StopSignal
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = 'The ', 128
 
@@ -37,32 +38,50 @@ class TrainState(NamedTuple):
   key: Key[Array, '']  # for sampling text; training itself draws nothing
 
 
+class Ending(enum.Enum):
+  """How a run ended; false if a signal ended it early, with everything saved."""
+
+  COMPLETE = 0
+  SIGTERM = int(signal.SIGTERM)
+  CTRL_C = int(signal.SIGINT)
+
+  def __bool__(self) -> bool:
+    return self is Ending.COMPLETE
+
+
 def train_and_evaluate(
   config: ConfigDict, workdir: Path, report: Callable[[int, dict], None] | None = None
-) -> bool:
+) -> Ending:
   """Trains to config.num_steps, going on from workdir's newest checkpoint if it has one.
 
   Over several processes (jax.distributed), each calls this with the same arguments and a workdir
   that all see; the first writes the metrics, and no text is sampled.
 
-  Calls report(step, evaluation) after each evaluation. Returns True when the run is complete, False
-  when SIGTERM ended it early, with everything saved. Raises UserError for what the user can mend,
-  and Diverged when the loss is no longer finite, with the last good checkpoint kept.
+  Calls report(step, evaluation) after each evaluation. Holds the workdir's lease. Raises UserError
+  for what the user can mend, another process that trains there among it; MachineError where space,
+  handles or memory ran out; and Diverged when the loss is no longer finite. All of these keep the
+  last good checkpoint.
   """
-  config_lib.validate(config)
-  stop = StopSignal()  # from here on, so that none is lost
-  try:
-    return _train(config, workdir, report, stop)
-  finally:
-    stop.restore()
+  with contextlib.ExitStack() as until_the_end:
+    return _train(config, workdir, report, until_the_end, lease_workdir)
+
+
+def train_leased(config: ConfigDict, workdir: Path) -> Ending:
+  """train_and_evaluate for one whose caller, here or elsewhere, holds the workdir's lease."""
+  with contextlib.ExitStack() as until_the_end:
+    return _train(config, workdir, None, until_the_end, contextlib.nullcontext)
 
 
 def _train(
   config: ConfigDict,
   workdir: Path,
   report: Callable[[int, dict], None] | None,
-  stop: 'StopSignal',
-) -> bool:
+  until_the_end: contextlib.ExitStack,
+  lease: Callable[[Path], contextlib.AbstractContextManager],
+) -> Ending:
+  config_lib.validate(config)
+  stop = StopSignal()  # from here on, so that none is lost
+  until_the_end.callback(stop.restore)
   # What the run is.
   mesh = sharding.make_mesh(config.mesh.to_dict())
   sharding.check_batch(config, mesh)
@@ -79,7 +98,7 @@ def _train(
   windows = eval_windows(
     data.validation, seq_len=config.seq_len, max_tokens=config.data.eval_tokens
   )
-  _claim_together(config, workdir)
+  _claim_together(config, workdir, until_the_end, lease)
 
   with jax.set_mesh(mesh):
     # Where it stands.
@@ -87,17 +106,19 @@ def _train(
     create = functools.partial(init_state, config, data.tokenizer.vocab_size, optimizer)
     abstract = jax.eval_shape(create)
     placement = sharding.shardings(abstract, mesh)
-    checkpoints = Checkpoints(workdir, config.checkpoints_kept)
-    state, start = _restore(checkpoints, abstract, placement, batches, data)
+    checkpoints = until_the_end.enter_context(Checkpoints(workdir, config.checkpoints_kept))
+    checkpoints.open()
+    run = {'config': config.to_dict(), 'data': data.digest}
+    state, start = _restore(checkpoints, abstract, placement, batches, run)
     if start >= config.num_steps:
       print(f'{workdir}: already trained to step {start} of {config.num_steps}; nothing to do')
-      checkpoints.close()
-      return True
+      return Ending.COMPLETE
     if state is None:
       state = jax.jit(create, out_shardings=placement)()
 
-    first = jax.process_index() == 0
-    metrics = Metrics(workdir, start=start, total=config.num_steps) if first else NoMetrics()
+    metrics: Metrics | NoMetrics = NoMetrics()
+    if hosts.is_first():
+      metrics = until_the_end.enter_context(Metrics(workdir, start=start, total=config.num_steps))
     metrics.say(describe(config, model, data, mesh, start))
 
     # The compiled parts.
@@ -116,18 +137,22 @@ def _train(
 
     # The loop. The host only waits for the devices where a number is asked for. A checkpoint comes
     # after what its step reports, so that a run killed at any time has it all when it goes on.
-    run = {'config': config.to_dict(), 'data': data.digest}
     since, since_step = time.monotonic(), start
     for step in range(start + 1, config.num_steps + 1):
       state, measured = step_fn(state, batch)
-      last, stopping = step == config.num_steps, stop.requested
+      last = step == config.num_steps
       log = last or step == start + 1 or step % config.log_every == 0
       evaluating = last or step % config.eval_every == 0
-      save = last or stopping or step % config.checkpoint_every == 0
+      save = last or step % config.checkpoint_every == 0
+      stopping = 0
+      if jax.process_count() == 1 or log or evaluating or save:  # they have to agree on the step
+        stopping = hosts.largest(stop.requested)
+      save = save or stopping != 0
       if not save:
         batch = sharding.put_batch(next(batches), mesh)
       if log or evaluating or save:
         _check_finite(measured, step, checkpoints)
+        checkpoints.check()
       if log:
         now = time.monotonic()
         tokens = (step - since_step) * config.batch_size * config.seq_len
@@ -153,17 +178,19 @@ def _train(
         since, since_step = time.monotonic(), step
       if save:  # the position saved is that of the next step's batch
         training = (state.opt_state, state.step, jax.random.key_data(state.key))
-        checkpoints.save(step, state.params, training, batches, run)
+        checkpoints.save(step, state.params, training, {**run, 'batches': step})
         if stopping or last:
           break
         batch = sharding.put_batch(next(batches), mesh)
 
   checkpoints.close()
-  metrics.close()
   if stopping and not last:
-    print(f'stopped by SIGTERM at step {step}, saved; run the same command again to go on')
-    return False
-  return True
+    metrics.say(
+      f'stopped by {CAUGHT[signal.Signals(stopping)]} at step {step}, saved; run the same command '
+      'again to go on'
+    )
+    return Ending(stopping)
+  return Ending.COMPLETE
 
 
 def init_state(config: ConfigDict, vocab: int, optimizer) -> TrainState:
@@ -261,16 +288,25 @@ def describe(config: ConfigDict, model: model_lib.Decoder, data: Data, mesh, sta
   )
 
 
-def _claim_together(config: ConfigDict, workdir: Path) -> None:
-  """claim_workdir, by the first process before the others look."""
-  if jax.process_index() == 0:
+def _claim_together(
+  config: ConfigDict,
+  workdir: Path,
+  until_the_end: contextlib.ExitStack,
+  lease: Callable[[Path], contextlib.AbstractContextManager],
+) -> None:
+  """claim_workdir under its lease, by the first process before the others look."""
+
+  def claim() -> None:
+    check_workdir(config, workdir)  # a folder that is not ours gets no lock either
+    until_the_end.enter_context(lease(workdir))
     claim_workdir(config, workdir)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices('workdir claimed')
+
+  hosts.first_decides(claim)
+  if not hosts.is_first():
     claim_workdir(config, workdir)
 
 
-def _restore(checkpoints, abstract, placement, batches, data: Data):
+def _restore(checkpoints, abstract, placement, batches, run: dict):
   """(state, step) of the newest whole checkpoint, or (None, 0)."""
   target = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -280,13 +316,13 @@ def _restore(checkpoints, abstract, placement, batches, data: Data):
   key_data = jax.eval_shape(jax.random.key_data, abstract.key)
   key_data = jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=placement.key)
   training = (target.opt_state, target.step, key_data)
-  found = checkpoints.restore(target.params, training, batches, data.digest)
+  found = checkpoints.restore(target.params, training, run)
   if found is None:
     return None, 0
-  step, params, (opt_state, count, key) = found
-  return TrainState(
-    params, opt_state, count, jax.random.wrap_key_data(key, impl=model_lib.PRNG)
-  ), step
+  skip_to(batches, found.batches)
+  opt_state, count, key = found.training
+  key = jax.random.wrap_key_data(key, impl=model_lib.PRNG)
+  return TrainState(found.params, opt_state, count, key), found.step
 
 
 def _check_finite(
@@ -294,34 +330,10 @@ def _check_finite(
 ) -> None:
   if all(math.isfinite(float(value)) for value in measured.values()):
     return
-  good = checkpoints.steps()
   checkpoints.close()
+  good = checkpoints.steps()
   raise Diverged(
     f'the loss is no longer finite at step {step}; '
     + (f'the checkpoint of step {good[-1]} is kept. ' if good else 'no checkpoint yet. ')
     + 'Try a lower learning_rate, a longer warmup_steps or a smaller grad_clip in a new workdir'
   )
-
-
-class StopSignal:
-  """Notes a SIGTERM, so that the loop can end at a step's boundary and save.
-
-  Not over several processes, which would have to agree on the step: they end at once, and go on
-  from their last checkpoint.
-  """
-
-  def __init__(self):
-    self.requested = False
-    self._previous: Any = None
-    alone = jax.process_count() == 1
-    if alone and threading.current_thread() is threading.main_thread():
-      self._previous = signal.signal(signal.SIGTERM, self._note)
-
-  def _note(self, *signal_and_frame) -> None:
-    self.requested = True
-    if callable(self._previous):  # a sweep's, which has trials after this one
-      self._previous(*signal_and_frame)
-
-  def restore(self) -> None:
-    if self._previous is not None:
-      signal.signal(signal.SIGTERM, self._previous)

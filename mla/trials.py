@@ -177,7 +177,7 @@ def _typed(config: ConfigDict, name: str, value: Any, label: str) -> Any:
 
 def _is_sweep(folder: Path) -> bool:
   held = {path.name for path in folder.iterdir()}
-  return not held or bool(held & {'trials', 'results.jsonl', '.lock'})
+  return held <= {'.lock'} or bool(held & {'trials', 'results.jsonl'})
 
 
 def check(trials: Sequence[Trial], folder: Path, *, on_these_devices: bool = True) -> None:

@@ -101,15 +101,16 @@ def test_the_chunk_size_changes_nothing(trained, chunk):
 
 def test_every_key_and_value_is_seen_through_the_cache(trained, monkeypatch):
   """Wipe what the cache gives back, and the predictions must fall to those of no context at all."""
-  from mla import cache as cache_lib
+  from mla import model as model_lib
 
   honest = evaluate.evaluate_run(trained('mla'), 'float32')['perplexity']
-  append = cache_lib.append
+  append = model_lib.append
 
-  def forgetful(layer, entries, starts):
-    return append(layer, {name: jnp.zeros_like(entry) for name, entry in entries.items()}, starts)
+  def forgetful(layer, entries, starts, **how):
+    nothing = {name: jnp.zeros_like(entry) for name, entry in entries.items()}
+    return append(layer, nothing, starts, **how)
 
-  monkeypatch.setattr(cache_lib, 'append', forgetful)
+  monkeypatch.setattr(model_lib, 'append', forgetful)
   config = evaluate.read_config(trained('mla'))
   data = load_data(config)
   mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1})

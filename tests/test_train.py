@@ -1,6 +1,5 @@
 """Training as a process that may die: what it leaves, and that it goes on exactly."""
 
-import json
 import os
 import shutil
 import signal
@@ -164,7 +163,7 @@ def copy(trained, tmp_path) -> Path:
 
 def test_what_a_run_leaves(trained):
   assert {path.name for path in trained.iterdir()} == {
-    *('config.json', 'metrics.jsonl', 'checkpoints', 'tensorboard'),
+    *('config.json', 'metrics.jsonl', 'checkpoints', 'tensorboard', '.lock', '.saved'),
   }
   assert Checkpoints(trained).steps() == [6, 9, 12]  # three are kept
   lines = figures(trained)
@@ -288,15 +287,17 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(text, tmp_path, mon
   def nan_when_poisoned(model, tokens):
     return finite(model, tokens) * poison
 
-  workdir = tmp_path / 'run'
+  workdir, config = tmp_path / 'run', config_of(text)
   poison = 1.0
   monkeypatch.setattr(mla.train, 'token_nll', nan_when_poisoned)
-  assert train_and_evaluate(config_of(text, num_steps=6), workdir)
-  config = config_of(text, num_steps=12)
-  path = workdir / 'config.json'
-  path.write_text(json.dumps(config.to_dict()))
+
+  def stop(step, evaluation):
+    signal.raise_signal(signal.SIGTERM)
+
+  assert not train_and_evaluate(config, workdir, report=stop)
+  assert Checkpoints(workdir).steps() == [3, 6, 7]
   poison = float('nan')
-  with pytest.raises(Diverged, match='step 7; the checkpoint of step 6 is kept'):
+  with pytest.raises(Diverged, match='step 8; the checkpoint of step 7 is kept'):
     train_and_evaluate(config, workdir)
-  assert Checkpoints(workdir).steps() == [3, 6]
+  assert Checkpoints(workdir).steps() == [3, 6, 7]
   assert all(np.isfinite(line['loss']) for line in figures(workdir) if 'loss' in line)

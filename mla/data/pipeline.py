@@ -64,8 +64,8 @@ def train_batches(
   """Endless batches of this process's windows, int32 [batch_size / process_count, seq_len + 1].
 
   Windows lie at stride seq_len and are shuffled anew each epoch. Together the processes see, step
-  by step, exactly the batches that one alone would. The position is a single number, saved with
-  grain.checkpoint.CheckpointSave.
+  by step, exactly the batches that one alone would. The position is a single number, the batches
+  taken, whatever the number of processes.
   """
   if batch_size % process_count:
     raise UserError(f'batch_size={batch_size}: does not split over {process_count} processes')
@@ -81,6 +81,11 @@ def train_batches(
   batches = batches.map(lambda indices: views[indices])
   # The text is in memory: threads would only cost.
   return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def skip_to(batches: grain.DatasetIterator, taken: int) -> None:
+  """Sets train_batches' position to where `taken` batches have been taken."""
+  batches.set_state({'next_index': taken})
 
 
 def eval_windows(
