@@ -4,11 +4,10 @@ python eval.py --workdir=A [--workdir=B ...] [--cache_dtype=bfloat16] [--json=F]
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 
-from mla import backends, cli, evaluate, plots, report
+from mla import backends, cli, evaluate, files, paths, plots, report
 from mla.errors import UserError
 
 WORKDIRS = flags.DEFINE_multi_string('workdir', [], 'a run; give it again for each further one')
@@ -20,17 +19,21 @@ PLOT = flags.DEFINE_string('plot', None, 'draw perplexity against bytes per toke
 def main() -> None:
   if not WORKDIRS.value:
     raise UserError('--workdir: which run? e.g. --workdir=runs/mla_small')
-  cli.check_writable('json', JSON.value)
-  cli.check_writable('plot', PLOT.value, endings=('.png', '.pdf', '.svg'))
+  workdirs = [paths.folder('workdir', given) for given in WORKDIRS.value]
+  json_file, plot_file = paths.output('json', JSON.value, 'runs'), paths.picture('plot', PLOT.value)
+  paths.distinct(json=json_file, plot=plot_file)
   backends.prepare(evaluate.BATCH)
-  runs = [
-    evaluate.evaluate_run(Path(workdir), CACHE_DTYPE.value, say=print) for workdir in WORKDIRS.value
-  ]
+  runs = [evaluate.evaluate_run(workdir, CACHE_DTYPE.value, say=print) for workdir in workdirs]
   print('\n' + report.table(runs))
-  if JSON.value:
-    Path(JSON.value).write_text(json.dumps({'runs': runs}, indent=2) + '\n')
-  if PLOT.value:
-    plots.save(plots.perplexity, Path(PLOT.value), runs)
+  if json_file:
+    try:
+      files.write_whole(json_file, json.dumps({'runs': runs}, indent=2) + '\n')
+    except OSError as error:
+      raise files.cannot(
+        f'--json={json_file}: cannot be written', error, 'choose another'
+      ) from error
+  if plot_file:
+    plots.save(plots.perplexity, plot_file, runs)
 
 
 if __name__ == '__main__':

@@ -10,11 +10,10 @@ all done, 1 some trial failed, 2 a mistake in what was given, 143 stopped by SIG
 """
 
 import math
-from pathlib import Path
 
 from absl import flags
 
-from mla import backends, cli, frontier, ray_engine, report, signals, sweep, trials
+from mla import backends, cli, frontier, paths, ray_engine, report, signals, sweep, trials
 from mla.errors import UserError
 
 CONFIG = cli.define_config('--config=configs/mla_small.py')
@@ -48,9 +47,11 @@ def main() -> int:
     raise UserError('--config: which? e.g. --config=configs/mla_small.py')
   if WORKDIR.value is None:
     raise UserError('--workdir: where to? e.g. --workdir=runs/sweep')
-  if not SWEEP.value and not ARMS.value:
+  if not SWEEP.value and ARMS.value is None:
     raise UserError('--sweep: over what? e.g. --sweep=latent_dim=16,32 --sweep=seed=0,1,2')
-  arms = trials.load_arms(ARMS.value) if ARMS.value else {}
+  folder = paths.folder('workdir', WORKDIR.value)
+  paths.check_workdir(folder)
+  arms = trials.load_arms(ARMS.value) if ARMS.value is not None else {}
   todo = trials.expand(CONFIG.value, arms, [trials.parse_axis(axis) for axis in SWEEP.value])
   names = {trial.arm for trial in todo}
   if REFERENCE.value and REFERENCE.value not in names:
@@ -59,7 +60,6 @@ def main() -> int:
     raise UserError(f'--margin={MARGIN.value}: must be 0 or positive')
   rows = math.gcd(*(t.config.batch_size // t.config.accumulation_steps for t in todo))
   backends.prepare(rows, mesh=CONFIG.value.mesh.to_dict())
-  folder = Path(WORKDIR.value)
   engine = make_engine()
   trials.check(todo, folder, on_these_devices=ENGINE.value == 'local')
   try:

@@ -7,11 +7,9 @@ mistake in what was given, 1 the loss diverged or the machine failed, 143 stoppe
 by Ctrl-C, with everything saved.
 """
 
-from pathlib import Path
-
 from absl import flags
 
-from mla import backends, cli, config, signals
+from mla import backends, cli, config, paths, signals
 from mla.errors import UserError
 from mla.train import train_and_evaluate
 
@@ -22,10 +20,12 @@ WORKDIR = flags.DEFINE_string('workdir', None, 'where the run is kept; runs/CONF
 def main() -> int:
   if CONFIG.value is None:
     raise UserError('--config: which? e.g. --config=configs/mla_small.py')
-  config.validate(CONFIG.value)  # the next line counts on it
+  config.validate(CONFIG.value)  # the next lines count on it
+  given = f'runs/{cli.config_name()}' if WORKDIR.value is None else WORKDIR.value
+  workdir = paths.folder('workdir', given)
+  paths.check_workdir(workdir)
   rows = CONFIG.value.batch_size // CONFIG.value.accumulation_steps
   backends.prepare(rows, mesh=CONFIG.value.mesh.to_dict())
-  workdir = Path(WORKDIR.value or Path('runs') / cli.config_name())
   ending = train_and_evaluate(CONFIG.value, workdir)
   if not ending:
     return signals.exit_code(ending.value)

@@ -16,6 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mla import files, paths
+from mla.errors import UserError
+
 PACKAGES = ('jax', 'jaxlib', 'flax', 'numpy', 'torch', 'transformers')
 
 
@@ -49,6 +52,10 @@ def arguments(sides: Mapping[str, Callable[[dict], dict]], **defaults) -> argpar
     side, case = args.worker.split(':', 1)
     print(json.dumps(sides[side](json.loads(case))))
     sys.exit()
+  try:
+    paths.output('json', args.json, 'rows')
+  except UserError as error:
+    parser.error(str(error))
   return args
 
 
@@ -131,4 +138,4 @@ def write(rows: list[dict], path: str | None) -> None:
   """The JSON, where a path is given."""
   if path:
     content = {'hardware': hardware(), 'versions': versions(), 'rows': rows}
-    Path(path).write_text(json.dumps(content, indent=2) + '\n')
+    files.write_whole(Path(path), json.dumps(content, indent=2) + '\n')

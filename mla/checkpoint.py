@@ -23,19 +23,12 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from ml_collections import ConfigDict
 
 from mla import checksums, files, hosts, metrics
-from mla.config import ADDED_SINCE
+from mla import config as config_lib
 from mla.errors import MachineError, UserError, first_line
+from mla.workdir import difference, read_config
 
-# May change when a run goes on: where it computes and what it writes, not what it learns.
-FREE_FIELDS = (
-  'mesh attention_impl remat eval_every checkpoint_every checkpoints_kept log_every data.data_dir '
-  'data.eval_tokens'
-).split()
-
-LOCK = '.lock'
 SAVED = '.saved'  # a file that says that the run once had a checkpoint
 UNFINISHED = '.orbax-checkpoint-tmp'
 TIMEOUT = 600  # seconds that processes wait for each other's part of a checkpoint
@@ -307,7 +300,9 @@ class Checkpoints:
       )
     if isinstance(saved.get('config'), dict):
       # A config.json that was changed by hand or damaged would run these weights as another model.
-      name, there, here = _first_difference(complete(saved['config']), ConfigDict(run['config']))
+      path = self._path / str(step) / 'run' / 'metadata'
+      there, here = (config_lib.from_json(dict(r['config']), path) for r in (saved, run))
+      name, there, here = difference(there, here)
       if name:
         raise UserError(
           f'{name}={here}: {self._path}/{step} was trained with {name}={there}; restore '
@@ -399,101 +394,3 @@ def flatten(tree) -> dict[str, Any]:
 def unflatten(like, flat: dict[str, Any]):
   """The inverse of flatten, in the structure of `like`."""
   return jax.tree.unflatten(jax.tree.structure(like), [flat[path] for path in flatten(like)])
-
-
-def identity(config: ConfigDict) -> dict[str, Any]:
-  """The fields, by dotted name, that must stay the same for a run to go on exactly."""
-  flat: dict[str, Any] = {}
-  for name, value in config.items():
-    if isinstance(value, ConfigDict):
-      flat.update({f'{name}.{key}': item for key, item in value.items()})
-    else:
-      flat[name] = value
-  return {
-    name: value
-    for name, value in flat.items()
-    if name not in FREE_FIELDS and name.split('.')[0] not in FREE_FIELDS
-  }
-
-
-def _first_difference(there: ConfigDict, here: ConfigDict) -> tuple[str, Any, Any]:
-  """(name, its value there, here) of a field in which two runs differ; ('', None, None) if none."""
-  ours, theirs = identity(here), identity(there)
-  for name in sorted({*ours, *theirs}):
-    if ours.get(name) != theirs.get(name):
-      return name, theirs.get(name), ours.get(name)
-  return '', None, None
-
-
-def complete(fields: dict[str, Any]) -> ConfigDict:
-  """A config as an earlier version wrote it, with the fields added since as they were then."""
-  return ConfigDict({**ADDED_SINCE, **fields})
-
-
-def check_workdir(config: ConfigDict, workdir: Path) -> None:
-  """Raises UserError if the folder holds something else than this run, or nothing. Only looks."""
-  if (workdir / 'config.json').exists():
-    name, there, here = _first_difference(read_config(workdir), config)
-    if name:
-      raise UserError(
-        f'{name}={here}: {workdir} holds a run with {name}={there}; use that value to go on, or '
-        'another --workdir'
-      )
-  elif workdir.exists() and (
-    not workdir.is_dir()
-    or not all(path.name == LOCK or files.is_draft(path) for path in workdir.iterdir())
-  ):
-    raise UserError(
-      f'--workdir={workdir}: is not empty and holds no config.json of a run; choose another folder'
-    )
-
-
-def claim_workdir(config: ConfigDict, workdir: Path) -> None:
-  """Makes the folder this run's own: writes config.json, or checks that the one there fits.
-
-  Raises UserError if the folder holds something else, or a run that differs in a field that counts.
-  """
-  check_workdir(config, workdir)
-  path = workdir / 'config.json'
-  if path.exists():
-    return
-  _make(workdir)
-  try:
-    files.write_whole(path, json.dumps(config.to_dict(), indent=2) + '\n')
-  except OSError as error:
-    raise files.cannot(
-      f'--workdir={workdir}: cannot be written', error, 'choose another'
-    ) from error
-
-
-@contextlib.contextmanager
-def lease_workdir(workdir: Path, *, wait: bool = False) -> Iterator[None]:
-  """Keeps every other trainer out of the folder, which is made if need be.
-
-  Raises UserError if another process is training there, unless it is to wait for it.
-  """
-  _make(workdir)
-  busy = f'--workdir={workdir}: another process is training there; wait for it, or choose another'
-  with files.lease(workdir / LOCK, busy, wait=wait):
-    yield
-
-
-def _make(workdir: Path) -> None:
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise files.cannot(
-      f'--workdir={workdir}: cannot be written', error, 'choose another'
-    ) from error
-
-
-def read_config(workdir: Path) -> ConfigDict:
-  """The config of the run in workdir; UserError if there is none or it cannot be read."""
-  path = workdir / 'config.json'
-  if not path.exists():
-    raise UserError(f'--workdir={workdir}: no run there (config.json is missing); train one first')
-  cure = 'restore it or train again elsewhere'
-  found = files.read_json(path, cure)
-  if not isinstance(found, dict):
-    raise UserError(f'{path}: cannot be read as a config, for it is no JSON object; {cure}')
-  return complete(found)

@@ -1,9 +1,9 @@
-"""What the entry points share: flags, the compilation cache, and errors of one line."""
+"""What the entry points share: flags, output, the compilation cache, and errors of one line."""
 
-import difflib
-import itertools
+import io
 import logging
 import os
+import re
 import runpy
 import signal
 import sys
@@ -15,16 +15,24 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mla import signals
-from mla.errors import Diverged, MachineError, UserError
+from mla import config as config_lib
+from mla import files, paths, signals
+from mla.errors import Diverged, MachineError, UserError, first_line
 
 EXIT_FAILED, EXIT_USER_ERROR = 1, 2
 COMPILATION_CACHE = Path('~/.cache/mla-lab/xla')
+HELP = re.compile(r'--?(h|help|helpshort|helpfull)')
+LONGEST_ERROR, ITS_END = 800, 300  # characters; the cure stands at the end
+
+# ml_collections reads the command line by itself, already where the flag is defined, and there an
+# error in a --flagfile would be a traceback. So it reads this, which _parse fills.
+_command_line: list[str] = []
 
 
 def define_config(command: str) -> flags.FlagHolder:
   """The --config flag; `command` shows a use of it in --help."""
-  return config_flags.DEFINE_config_file('config', None, f'a config file, e.g. {command}')
+  what = f'a config file, e.g. {command}; --config.FIELD=VALUE after it sets a field'
+  return config_flags.DEFINE_config_file('config', None, what, sys_argv=_command_line)
 
 
 def config_name() -> str:
@@ -39,22 +47,30 @@ def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
   Ctrl-C, where nothing is there to be saved, ends quietly with 130.
   """
   argv = sys.argv if argv is None else argv
+  _keep_output_open()
   log_plainly()
   try:
+    if any(HELP.fullmatch(arg) for arg in argv[1:]):
+      print(f'{sys.modules["__main__"].__doc__}\n{flags.FLAGS.main_module_help()}')
+      sys.exit(0)
     _parse(argv)
     use_compilation_cache()
     sys.exit(main() or 0)
-  except UserError as error:
-    sys.exit(_complain(error, EXIT_USER_ERROR))
-  except (Diverged, MachineError) as error:
-    sys.exit(_complain(error, EXIT_FAILED))
   except KeyboardInterrupt:
     sys.exit(signals.exit_code(signal.SIGINT))
+  except Exception as error:
+    ours = _in_our_words(error)
+    if isinstance(ours, UserError):
+      sys.exit(_complain(ours, EXIT_USER_ERROR))
+    if isinstance(ours, Diverged | MachineError):
+      sys.exit(_complain(ours, EXIT_FAILED))
+    raise
 
 
 def log_plainly() -> None:
   """Our own warnings as plain lines; what the libraries log as errors, they also raise."""
-  logging.basicConfig(format='warning: %(message)s', level=logging.WARNING)
+  # By force, as some library logs while it is imported, which sets up a format of its own.
+  logging.basicConfig(format='warning: %(message)s', level=logging.WARNING, force=True)
   absl.logging.set_verbosity(absl.logging.FATAL)
 
 
@@ -64,67 +80,129 @@ def use_compilation_cache() -> None:
     jax.config.update('jax_compilation_cache_dir', str(COMPILATION_CACHE.expanduser()))
 
 
+class _Outlet(io.FileIO):
+  """A descriptor whose reader may leave (`| head`): what is written from then on goes nowhere."""
+
+  def write(self, data) -> int:
+    try:
+      return super().write(data)
+    except BrokenPipeError:
+      nowhere = os.open(os.devnull, os.O_WRONLY)
+      os.dup2(nowhere, self.fileno())
+      os.close(nowhere)
+      return memoryview(data).nbytes
+
+
+def _keep_output_open() -> None:
+  """What is printed never ends a run: not for a reader that left, nor for a terminal's alphabet."""
+  for name in ('stdout', 'stderr'):
+    stream = getattr(sys, name)
+    if stream is None:  # closed by whoever started us
+      setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))  # noqa: SIM115
+      continue
+    if not isinstance(stream, io.TextIOWrapper):  # a notebook's
+      continue
+    stream.flush()
+    setattr(
+      sys,
+      name,
+      io.TextIOWrapper(
+        io.BufferedWriter(_Outlet(stream.fileno(), 'w', closefd=False)),
+        encoding=stream.encoding,
+        errors='backslashreplace',
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+      ),
+    )
+
+
+def _in_our_words(error: Exception) -> Exception:
+  """What a library's error comes down to for the user; the error itself where it says nothing."""
+  exhausted = isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error)
+  if exhausted or isinstance(error, MemoryError):
+    return MachineError(
+      f'there is too little memory ({first_line(error)}); lower batch_size or seq_len, raise '
+      'accumulation_steps, or set remat=full'
+    )
+  if isinstance(error, OSError) and (error.filename or error.errno in files.EXHAUSTED):
+    where = os.fsdecode(error.filename) if error.filename else 'a file'
+    return files.cannot(f'{where}: cannot be used', error, 'mend that, then run the same again')
+  return error
+
+
 def _complain(error: Exception, code: int) -> int:
-  print('error:', ' '.join(str(error).split()), file=sys.stderr)
+  print('error:', one_line(str(error)), file=sys.stderr)
   return code
 
 
+def one_line(text: str) -> str:
+  """A message as one line of bounded length, with what a terminal would obey written out."""
+  line = ' '.join(text.split())
+  line = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in line)
+  if len(line) > LONGEST_ERROR:
+    line = f'{line[: LONGEST_ERROR - ITS_END]} ... {line[-ITS_END:]}'
+  return line
+
+
 def _parse(argv: list[str]) -> None:
-  _check_fields(argv)
   try:
-    rest = flags.FLAGS(argv)
-  except (flags.Error, TypeError, ValueError) as error:
-    # The library's message opens with a sentence of its own and ends with the reason.
-    lines = [line.strip() for line in str(error).splitlines()]
-    raise UserError(f'{lines[0]} {lines[-1]}' if len(lines) > 1 else lines[0]) from error
+    argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+  except (flags.Error, ValueError, RecursionError) as error:
+    raise UserError(f'--flagfile: cannot be read ({_reason(error)})') from error
+  _command_line[:] = _check_config_flags(argv)
+  try:
+    rest = flags.FLAGS(_command_line)
+  except (flags.Error, TypeError, ValueError, AttributeError) as error:
+    raise UserError(_reason(error)) from error
   if len(rest) > 1:
     raise UserError(f'{rest[1]}: not a flag; flags are written --name=value')
 
 
-def _check_fields(argv: list[str]) -> None:
-  """Raises UserError unless --config is a config file and has every field that is set.
+def _reason(error: Exception) -> str:
+  """A library's message, which opens with a sentence of its own and ends with the reason."""
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ['no reason given']
+  return f'{lines[0]} {lines[-1]}' if len(lines) > 1 else lines[0]
 
-  ml_collections takes a missing file for an empty config, and says "'nums'" of an unknown field.
+
+def _check_config_flags(argv: list[str]) -> list[str]:
+  """argv with one --config, the last as with any flag, where the first stood; ~ in it replaced.
+
+  Raises UserError unless it comes before the fields, is a config file and has every field that is
+  set. ml_collections takes a missing file for an empty config, a second one for a mistake, and says
+  "'nums'" of an unknown field.
   """
-  given = [arg.removeprefix('--config=') for arg in argv if arg.startswith('--config=')]
-  given += [value for arg, value in itertools.pairwise(argv) if arg == '--config']
-  fields = [arg for arg in argv if arg.startswith('--config.')]
+  others: list[str] = []
+  given: list[tuple[int, str]] = []  # place in others, path
+  fields: list[tuple[int, str]] = []  # place in others, argument
+  rest = iter(argv)
+  for arg in rest:
+    name, equals, value = arg.partition('=')
+    if re.fullmatch('--?config', name):
+      given.append((len(others), value if equals else next(rest, '')))
+      continue
+    if re.match(r'--?(no)?config\.', arg):
+      fields.append((len(others), arg))
+    others.append(arg)
+  if fields and not (given and given[0][0] <= fields[0][0]):
+    raise UserError(f'{fields[0][1]}: comes before the config it sets; give --config=FILE first')
   if not given:
-    return
-  names = {
-    name if child is None else f'{name}.{child}'
-    for name, value in load_config(given[-1]).items()
-    for child in (value if isinstance(value, ConfigDict) else [None])
-  }
-  for asked in (arg.removeprefix('--config.').split('=')[0] for arg in fields):
-    if asked not in names:
-      close = difflib.get_close_matches(asked, names, n=1)
-      hint = f'did you mean {close[0]}?' if close else 'see configs/base.py for those there are'
-      raise UserError(f'--config.{asked}: no such field; {hint}')
+    return argv
+  path = str(paths.source('config', given[-1][1], 'configs/mla_small.py'))
+  known = list(config_lib.flatten(load_config(path)))
+  for asked in (arg.split('.', 1)[1].split('=')[0] for _, arg in fields):
+    if asked not in known:
+      raise UserError(f'--config.{config_lib.unknown_field(asked, known)}')
+  place = given[0][0]
+  return [*others[:place], f'--config={path}', *others[place:]]
 
 
 def load_config(path: str) -> ConfigDict:
   """What get_config() of a config file returns; UserError if that is no config."""
-  if not Path(path).is_file():
-    raise UserError(f'--config={path}: no such file; give one such as configs/mla_small.py')
   try:
     config = runpy.run_path(path)['get_config']()
-  except Exception as error:  # whatever a file that is no config raises
+  except (Exception, SystemExit) as error:  # whatever a file that is no config raises
     reason = f'{type(error).__name__}: {error}'
     raise UserError(f'--config={path}: no get_config() can be run there ({reason})') from error
   if not isinstance(config, ConfigDict):
     raise UserError(f'--config={path}: its get_config() returns no ConfigDict; see configs/base.py')
   return config
-
-
-def check_writable(flag: str, given: str | None, endings: tuple[str, ...] = ()) -> None:
-  """Raises UserError, before any work is done, unless the output file of --flag can be written."""
-  if given is None:
-    return
-  path = Path(given)
-  if path.is_dir() or not path.parent.is_dir():
-    raise UserError(f'--{flag}={given}: not a file in a folder that exists; choose another')
-  if endings and path.suffix not in endings:
-    raise UserError(f'--{flag}={given}: the name must end in {", ".join(endings)}')
-  if not os.access(path if path.exists() else path.parent, os.W_OK):
-    raise UserError(f'--{flag}={given}: no right to write there; choose another')

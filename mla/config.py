@@ -1,13 +1,19 @@
-"""Every rule a config must keep, each with an error that names the field and the cure.
+"""Every rule a config must keep, each with an error that names the field and the cure; and the
+schema of config.json.
 
-But one: that `attention` names a variant, which mla/attention knows.
+But one rule: that `attention` names a variant, which mla/attention knows.
 """
 
+import difflib
 import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from mla.errors import UserError
+from mla.errors import UserError, first_line
 
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'latents', 'full')
@@ -24,13 +30,28 @@ TEXTS = (
   'attention attention_impl dtype remat data.dataset data.text_key data.validation_split '
   'data.data_dir data.files data.validation_files data.tokenizer'
 ).split()
-# Fields that the config.json of an older run lacks, and what it ran with.
-ADDED_SINCE = {'attention_impl': 'auto'}
+GROUPS = ('data', 'mesh')
+MESH = ('mesh.data', 'mesh.fsdp', 'mesh.tensor')
+FLOATS = ('learning_rate', 'grad_clip', 'weight_decay', 'rope_base')
 LARGEST = 2**31 - 1  # sizes and counts must stay within int32
+
+# Of config.json; raise it with every field that is added, so that an older program refuses what it
+# would misread. Version 0 did not write its number.
+SCHEMA_VERSION = 1
+# Fields that came after version 0, each with what runs did before: what an older run's config.json
+# is filled with. At this value a field is no difference between two runs.
+ADDED: dict[str, Any] = {'attention_impl': 'auto'}
+FIELDS = {*POSITIVE, *NOT_NEGATIVE, *TEXTS, *MESH, *FLOATS, *ADDED}
 
 
 def validate(config: ConfigDict) -> None:
   """Raises UserError on the first rule that config breaks."""
+  for group in GROUPS:
+    is_group = isinstance(field(config, group), ConfigDict)
+    _require(is_group, group, config, 'must be a group of fields; see configs/base.py')
+  for name in flatten(config):
+    if name not in FIELDS:
+      raise unknown_field(name, FIELDS)
   _check_numbers(config)
   _check_choices(config)
   _check_attention(config)
@@ -48,25 +69,102 @@ def field(config: ConfigDict, name: str):
   return value
 
 
+def unknown_field(name: str, known: Iterable[str]) -> UserError:
+  """The error for a field that does not exist."""
+  close = difflib.get_close_matches(name, known, n=1)
+  hint = f'did you mean {close[0]}?' if close else 'see configs/base.py for those there are'
+  return UserError(f'{name}: no such field; {hint}')
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+  """The fields by their dotted names."""
+  flat: dict[str, Any] = {}
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      flat.update({f'{name}.{key}': item for key, item in value.items()})
+    else:
+      flat[name] = value
+  return flat
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+  """What config.json holds."""
+  return {'schema_version': SCHEMA_VERSION, **config.to_dict()}
+
+
+def from_json(found: Any, path: Path) -> ConfigDict:
+  """The config of what config.json, at `path`, holds; UserError if it breaks a rule.
+
+  Fields that came after it are filled in.
+  """
+  cure = 'restore it or train again elsewhere'
+  if not isinstance(found, dict):
+    raise UserError(f'{path}: cannot be read as a config, for it is no JSON object; {cure}')
+  version = found.pop('schema_version', 0)
+  if not _is_integer(version) or version < 0:
+    raise UserError(f'{path}: schema_version={version}: must be an integer; {cure}')
+  if version > SCHEMA_VERSION:
+    raise UserError(
+      f'{path}: schema_version={version}: a later version of this program wrote it, and this one '
+      f'reads up to {SCHEMA_VERSION}; update the program'
+    )
+  try:
+    config = ConfigDict(found)
+  except Exception as error:  # whatever names that a ConfigDict cannot have make it raise
+    raise UserError(f'{path}: no config can be made of it ({first_line(error)}); {cure}') from error
+  try:
+    for name, value in ADDED.items():
+      group, _, key = name.rpartition('.')
+      fields = config.get(group) if group else config
+      if isinstance(fields, ConfigDict) and key not in fields:
+        fields[key] = value
+    validate(config)
+  except UserError as error:
+    raise UserError(f'{path}: {error}; {cure}') from error
+  return config
+
+
 def _require(holds: bool, name: str, config: ConfigDict, cure: str) -> None:
   if not holds:
     raise UserError(f'{name}={field(config, name)}: {cure}')
 
 
+def _is_integer(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _in_float32(value: Any) -> float:
+  """The number as the devices will have it, tiny ones as 0; NaN if it is none, or not finite."""
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    return math.nan
+  try:
+    with np.errstate(over='ignore', under='ignore'):
+      number = float(np.float32(value))
+  except OverflowError:  # an integer of hundreds of digits
+    return math.nan
+  if not math.isfinite(number):
+    return math.nan
+  return number if abs(number) >= np.finfo(np.float32).tiny else 0.0
+
+
 def _check_numbers(config: ConfigDict) -> None:
-  for name in (*POSITIVE, *NOT_NEGATIVE, 'mesh.data', 'mesh.fsdp', 'mesh.tensor'):
-    _require(isinstance(field(config, name), int), name, config, 'must be an integer')
+  for name in (*POSITIVE, *NOT_NEGATIVE, *MESH):
+    _require(_is_integer(field(config, name)), name, config, 'must be an integer')
   for name in POSITIVE:
     _require(0 < field(config, name) <= LARGEST, name, config, 'must be a positive integer')
   for name in NOT_NEGATIVE:
     _require(0 <= field(config, name) <= LARGEST, name, config, 'must be 0 or a positive integer')
-  for name in ('learning_rate', 'grad_clip', 'weight_decay', 'rope_base'):
-    number = isinstance(field(config, name), int | float) and math.isfinite(config[name])
-    _require(number, name, config, 'must be a finite number')
+  for name in FLOATS:
+    finite = not math.isnan(_in_float32(field(config, name)))
+    _require(finite, name, config, 'must be a number that is finite in float32')
+  small = 'must be positive, and in float32 too (at least 1.2e-38)'
   for name in ('learning_rate', 'grad_clip'):
-    _require(config[name] > 0, name, config, 'must be positive')
-  _require(config.weight_decay >= 0, 'weight_decay', config, 'must be 0 or positive')
-  _require(config.rope_base > 1, 'rope_base', config, 'must be above 1')
+    _require(_in_float32(config[name]) > 0, name, config, small)
+  decay = config.weight_decay
+  _require(decay == 0 or _in_float32(decay) > 0, 'weight_decay', config, f'0, or {small}')
+  _require(
+    _in_float32(config.rope_base) > 1, 'rope_base', config, 'must be above 1, in float32 too'
+  )
 
 
 def _check_choices(config: ConfigDict) -> None:
@@ -78,6 +176,7 @@ def _check_choices(config: ConfigDict) -> None:
 
 
 def _check_attention(config: ConfigDict) -> None:
+  """The rules of the known variants; of another name mla/attention says that it is none."""
   if config.attention == 'mla':
     _require(config.latent_dim > 0, 'latent_dim', config, 'mla needs the width of its latent')
     _require(config.rope_dim > 0, 'rope_dim', config, 'mla needs a shared rotary key; try 32')
@@ -85,12 +184,13 @@ def _check_attention(config: ConfigDict) -> None:
     fits = config.num_kv_heads > 0 and config.num_heads % config.num_kv_heads == 0
     cure = f'gqa needs a number that divides num_heads={config.num_heads}'
     _require(fits, 'num_kv_heads', config, cure)
-  if config.attention != 'mla':
+  if config.attention in ('mha', 'gqa', 'mqa'):
     cure = f'cannot rotate more than head_dim={config.head_dim}; 0 rotates all'
     _require(config.rope_dim <= config.head_dim, 'rope_dim', config, cure)
     if config.rope_dim == 0:
       _require(config.head_dim % 2 == 0, 'head_dim', config, 'must be even to rotate in pairs')
-  _require(config.rope_dim % 2 == 0, 'rope_dim', config, 'must be even: dims rotate in pairs')
+  if config.attention in ('mha', 'gqa', 'mqa', 'mla'):
+    _require(config.rope_dim % 2 == 0, 'rope_dim', config, 'must be even: dims rotate in pairs')
 
 
 def _check_training(config: ConfigDict) -> None:

@@ -33,11 +33,12 @@ from ml_collections import ConfigDict
 
 from mla import cache as cache_lib
 from mla import config as config_lib
+from mla import memory, sharding
 from mla import model as model_lib
-from mla import sharding
-from mla.checkpoint import Checkpoints, read_config
+from mla.checkpoint import Checkpoints
 from mla.data.pipeline import EvalWindows, eval_windows, load_data
 from mla.errors import UserError
+from mla.workdir import read_config
 
 CHUNK = 64
 BATCH = 32
@@ -68,12 +69,9 @@ def score_run(
   if cache_dtype not in cache_lib.DTYPES:
     raise UserError(f'--cache_dtype={cache_dtype}: choose one of {", ".join(cache_lib.DTYPES)}')
   config = read_config(workdir)
-  try:
-    config_lib.validate(config)
-  except UserError as error:
-    raise UserError(f'{workdir}/config.json: {error}') from error
-  data = load_data(config)
   mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1})
+  memory.check_reading(config, cache_dtype, mesh, batch=BATCH + -BATCH % mesh.size, chunk=CHUNK)
+  data = load_data(config)
   model, step = load_model(workdir, config, data.tokenizer.vocab_size, data.digest, mesh)
   windows = eval_windows(data.validation, seq_len=config.seq_len, max_tokens=max_tokens)
   say(f'{workdir}: {windows.mask.sum():,} targets through a {cache_dtype} cache')
@@ -112,7 +110,7 @@ def load_model(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), params
   )
   step, params = Checkpoints(workdir).read_params(
-    target, {'config': config.to_dict(), 'data': data}
+    target, {'config': config_lib.to_json(config), 'data': data}
   )
   return nnx.merge(graphdef, params), step
 

@@ -307,7 +307,14 @@ def solve_ffn_dim(config: ConfigDict) -> int:
     width = max(1, round(exact / multiple)) * multiple
     if abs(width - exact) * slope <= BUDGET_TOLERANCE * config.param_budget:
       return width
+  if exact < 1:
+    raise UserError(
+      f'param_budget={config.param_budget}: the model has {count(1) - slope:,} parameters without '
+      f'its feed-forward part, and each of its dims adds {slope:,}; raise param_budget to at least '
+      f'{count(1)}, or lower d_model, num_heads or num_layers'
+    )
+  below = count(1) + (math.floor(exact) - 1) * slope
   raise UserError(
-    f'param_budget={config.param_budget}: no ffn_dim meets it; without a feed-forward part the '
-    f'model has {count(1) - slope:,} parameters and each of its dims adds {slope:,}'
+    f'param_budget={config.param_budget}: no ffn_dim meets it, for each of its dims adds {slope:,} '
+    f'parameters; set it to {below} or {below + slope}, or set ffn_dim instead'
   )

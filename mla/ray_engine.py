@@ -24,10 +24,10 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from mla import backends
-from mla.checkpoint import claim_workdir
 from mla.errors import Diverged, MachineError, UserError, first_line
 from mla.sweep import Done, Engine, Stopped, failed_line, log_of, run_trial
 from mla.trials import Trial
+from mla.workdir import claim_workdir
 
 RESTARTS = 5  # of one trial, before it counts as failed
 

@@ -1,6 +1,7 @@
 """The device mesh, and which array axis lies on which mesh axis."""
 
 import math
+import os
 from collections.abc import Mapping
 
 import jax
@@ -9,7 +10,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from mla.errors import UserError
+from mla.errors import UserError, first_line
 
 # Axis letter -> mesh axes. Letters not named here are whole on every device: the latent C among
 # them, since every head reads all of it (so under tensor parallelism each device holds a copy).
@@ -25,13 +26,21 @@ RULES = {
 
 def make_mesh(sizes: Mapping[str, int]) -> Mesh:
   """The (data, fsdp, tensor) mesh over all devices; at most one size is -1, "what is left"."""
-  available = jax.device_count()
+  try:
+    available = jax.device_count()
+  except (RuntimeError, AssertionError) as error:  # what JAX_PLATFORMS names is not there
+    asked = os.environ.get('JAX_PLATFORMS', '')
+    raise UserError(
+      f'JAX_PLATFORMS={asked}: JAX finds no such device ({first_line(error)}); unset it, or set it '
+      'to what is there, such as cpu'
+    ) from error
   known = math.prod(size for size in sizes.values() if size != -1)
   shape = {axis: available // known if size == -1 else size for axis, size in sizes.items()}
   if math.prod(shape.values()) != available:
     wanted = ' x '.join(f'{axis}={size}' for axis, size in sizes.items())
     raise UserError(
-      f'mesh: {wanted} is not {available}, the number of devices there are; change mesh.*'
+      f'mesh: {wanted} is not {available}, the number of devices there are; change mesh.*, or on a '
+      'CPU set JAX_NUM_CPU_DEVICES to try it'
     )
   axes = ('data', 'fsdp', 'tensor')
   return jax.make_mesh(

@@ -22,13 +22,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mla import cost, files, frontier, metrics
-from mla.checkpoint import lease_workdir
 from mla.data.pipeline import load_data
 from mla.errors import Diverged, MachineError, UserError, first_line
 from mla.evaluate import score_run
 from mla.signals import StopSignal
 from mla.train import train_leased
 from mla.trials import Trial, file_name
+from mla.workdir import lease_workdir
 
 CACHE_DTYPE = 'bfloat16'  # of the cache the trials are read through
 

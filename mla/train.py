@@ -19,14 +19,15 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from mla import config as config_lib
-from mla import hosts, sharding
+from mla import hosts, memory, sharding
 from mla import model as model_lib
-from mla.checkpoint import Checkpoints, check_workdir, claim_workdir, lease_workdir
+from mla.checkpoint import Checkpoints
 from mla.data.pipeline import Data, EvalWindows, eval_windows, load_data, skip_to, train_batches
 from mla.errors import Diverged
 from mla.metrics import Metrics, NoMetrics
 from mla.optimizer import make_optimizer, make_schedule
 from mla.signals import CAUGHT, StopSignal
+from mla.workdir import check_workdir, claim_workdir, lease_workdir
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = 'The ', 128
 
@@ -85,6 +86,7 @@ def _train(
   # What the run is.
   mesh = sharding.make_mesh(config.mesh.to_dict())
   sharding.check_batch(config, mesh)
+  memory.check_training(config, mesh)
   data = load_data(config)
   model = nnx.eval_shape(lambda: model_lib.make_model(config, data.tokenizer.vocab_size))
   batches = train_batches(
@@ -108,7 +110,7 @@ def _train(
     placement = sharding.shardings(abstract, mesh)
     checkpoints = until_the_end.enter_context(Checkpoints(workdir, config.checkpoints_kept))
     checkpoints.open()
-    run = {'config': config.to_dict(), 'data': data.digest}
+    run = {'config': config_lib.to_json(config), 'data': data.digest}
     state, start = _restore(checkpoints, abstract, placement, batches, run)
     if start >= config.num_steps:
       print(f'{workdir}: already trained to step {start} of {config.num_steps}; nothing to do')

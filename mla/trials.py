@@ -16,11 +16,12 @@ from typing import Any
 from flax import nnx
 from ml_collections import ConfigDict
 
-from mla import checkpoint, sharding
 from mla import config as config_lib
+from mla import memory, paths, sharding
 from mla import model as model_lib
 from mla.data.pipeline import Data, eval_windows, load_data, train_batches
 from mla.errors import UserError
+from mla.workdir import claim_workdir, identity
 
 # What the trials of an arm differ in.
 REPEATED = ('learning_rate', 'seed')
@@ -44,18 +45,18 @@ class Trial:
   @property
   def digest(self) -> str:
     """Tells whether a result on disk is this trial's: a hash of every field that counts."""
-    return _hash(checkpoint.identity(self.config))
+    return _hash(identity(self.config))
 
   @property
   def arm_digest(self) -> str:
     """The same for all trials of an arm that may be averaged: without what they differ in."""
-    fields = checkpoint.identity(self.config) | {'eval_tokens': self.config.data.eval_tokens}
+    fields = identity(self.config) | {'eval_tokens': self.config.data.eval_tokens}
     return _hash({name: value for name, value in fields.items() if name not in REPEATED})
 
   @property
   def settings(self) -> dict[str, Any]:
     """What the trial has in common with the sweep's others: the fields that it does not set."""
-    fields = checkpoint.identity(self.config) | {'data.eval_tokens': self.config.data.eval_tokens}
+    fields = identity(self.config) | {'data.eval_tokens': self.config.data.eval_tokens}
     return {name: value for name, value in fields.items() if name not in (*self.fields, *REPEATED)}
 
 
@@ -93,14 +94,16 @@ def parse_axis(text: str) -> list[dict[str, str]]:
 
 def load_arms(path: str) -> dict[str, dict[str, Any]]:
   """{name: fields} from get_arms() of a sweep file such as configs/sweeps/frontier.py."""
-  if not Path(path).is_file():
-    raise UserError(f'--arms={path}: no such file; give one such as configs/sweeps/frontier.py')
+  source = paths.source('arms', path, 'configs/sweeps/frontier.py')
   try:
-    arms = runpy.run_path(path)['get_arms']()
-    return {str(name): dict(fields) for name, fields in arms.items()}
-  except Exception as error:  # whatever a file that is no sweep file raises
+    arms = runpy.run_path(str(source))['get_arms']()
+    found = {str(name): dict(fields) for name, fields in arms.items()}
+  except (Exception, SystemExit) as error:  # whatever a file that is no sweep file raises
     reason = f'{type(error).__name__}: {error}'
     raise UserError(f'--arms={path}: no get_arms() can be run there ({reason})') from error
+  if not found:
+    raise UserError(f'--arms={path}: its get_arms() names no arm; see configs/sweeps/frontier.py')
+  return found
 
 
 def expand(
@@ -167,11 +170,11 @@ def _typed(config: ConfigDict, name: str, value: Any, label: str) -> Any:
     if kind is str:
       return str(value)
     number = float(value)
-    if kind is int and number != int(number):
+    if isinstance(value, bool) or (kind is int and number != int(number)):
       raise ValueError
     return int(number) if kind is int else number
   except (ValueError, OverflowError, TypeError) as error:
-    wanted = {int: 'an integer', float: 'a number'}[kind]
+    wanted = 'an integer' if kind is int else 'a number'
     raise UserError(f'trial {label}: {name}={value}: must be {wanted}') from error
 
 
@@ -194,9 +197,12 @@ def check(trials: Sequence[Trial], folder: Path, *, on_these_devices: bool = Tru
     try:
       workdir = folder / 'trials' / trial.name
       if workdir.exists():
-        checkpoint.claim_workdir(trial.config, workdir)
+        claim_workdir(trial.config, workdir)
       if trial.arm not in seen:
         seen.add(trial.arm)
+        if on_these_devices:
+          mesh = sharding.make_mesh(trial.config.mesh.to_dict())
+          memory.check_training(trial.config, mesh)
         source = json.dumps(trial.config.data.to_dict(), sort_keys=True)
         if source not in texts:
           texts[source] = load_data(trial.config)

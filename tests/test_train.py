@@ -13,10 +13,11 @@ import pytest
 from conftest import SHORT_RUN, tiny_config
 
 from mla import metrics
-from mla.checkpoint import Checkpoints, claim_workdir, read_config
+from mla.checkpoint import Checkpoints
 from mla.data.pipeline import load_data
 from mla.errors import Diverged, UserError
 from mla.train import train_and_evaluate
+from mla.workdir import claim_workdir, read_config
 
 ROOT = Path(__file__).parent.parent
 FIELDS = {

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import os
 import sys
 from collections.abc import Mapping
 
@@ -10,6 +11,7 @@ import jax
 # glibc's mallopt parameters (malloc.h), and the largest value they take.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX, LARGEST = -1, -2, -4, -8, 2**31 - 1
 MADV_HUGEPAGE, HUGE = 14, 2**21  # linux/mman.h; bytes of a huge page on x86-64 and most ARM
+DEVICE_COUNT = 'xla_force_host_platform_device_count'  # a flag of XLA's; config.update overrules it
 HEAP = 2**30  # bytes the heap grows by; only what is touched becomes memory
 
 
@@ -20,8 +22,11 @@ def use_devices(rows: int, cores: int, mesh: Mapping[str, int], threaded: bool) 
   core, as far as the rows split over them: 1.2 times faster than one with two threads, though
   devices now and then wait for each other where they add up their gradients (docs/log.md). A mesh
   (config.mesh) that asks for several devices gets them, up to one a core: slower, but it shows the
-  sharding.
+  sharding. Devices that the user asked JAX for, by JAX_NUM_CPU_DEVICES or XLA_FLAGS, stay as they
+  are.
   """
+  if 'JAX_NUM_CPU_DEVICES' in os.environ or DEVICE_COUNT in os.environ.get('XLA_FLAGS', ''):
+    return
   devices = 1 if threaded else max(n for n in range(1, cores + 1) if rows % n == 0)
   asked = math.prod(size for size in mesh.values() if size != -1)
   jax.config.update('jax_num_cpu_devices', asked if 1 < asked <= cores else devices)

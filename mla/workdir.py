@@ -1,0 +1,125 @@
+"""A run's folder: whose it is, what identifies the run in it, and its lease."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mla import config as config_lib
+from mla import files, paths
+from mla.errors import UserError
+
+# May change when a run goes on: where it computes and what it writes, not what it learns.
+FREE_FIELDS = (
+  'mesh attention_impl remat eval_every checkpoint_every checkpoints_kept log_every data.data_dir '
+  'data.eval_tokens'
+).split()
+
+LOCK = '.lock'
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+  """The fields, by dotted name, that must stay the same for a run to go on exactly.
+
+  One that was added since counts only where it does not have the value that older runs had.
+  """
+  return {
+    name: value
+    for name, value in config_lib.flatten(config).items()
+    if name not in FREE_FIELDS
+    and name.split('.')[0] not in FREE_FIELDS
+    and not (name in config_lib.ADDED and value == config_lib.ADDED[name])
+  }
+
+
+def difference(there: ConfigDict, here: ConfigDict) -> tuple[str, Any, Any]:
+  """(name, its value there, here) of a field in which two runs differ; ('', None, None) if none."""
+  theirs, ours = identity(there), identity(here)
+  for name in sorted({*ours, *theirs}):
+    old, new = (side.get(name, config_lib.ADDED.get(name)) for side in (theirs, ours))
+    if old != new:
+      return name, old, new
+  return '', None, None
+
+
+def check_workdir(config: ConfigDict, workdir: Path) -> None:
+  """Raises UserError if the folder holds something else than this run, or nothing. Only looks."""
+  paths.check_workdir(workdir)
+  try:
+    ours = (workdir / 'config.json').exists()
+    free = not workdir.exists() or (
+      workdir.is_dir()
+      and all(path.name == LOCK or files.is_draft(path) for path in workdir.iterdir())
+    )
+  except OSError as error:
+    raise files.cannot(f'--workdir={workdir}: cannot be read', error, 'choose another') from error
+  if ours:
+    name, there, here = difference(read_config(workdir), config)
+    if name:
+      raise UserError(
+        f'{name}={here}: {workdir} holds a run with {name}={there}; use that value to go on, or '
+        'another --workdir'
+      )
+  elif not free:
+    raise UserError(
+      f'--workdir={workdir}: is not empty and holds no config.json of a run; choose another folder'
+    )
+
+
+def claim_workdir(config: ConfigDict, workdir: Path) -> None:
+  """Makes the folder this run's own: writes config.json, or checks that the one there fits.
+
+  Raises UserError if the folder holds something else, or a run that differs in a field that counts.
+  """
+  check_workdir(config, workdir)
+  path = workdir / 'config.json'
+  if path.exists():
+    return
+  _make(workdir)
+  try:
+    files.write_whole(path, json.dumps(config_lib.to_json(config), indent=2) + '\n')
+  except OSError as error:
+    raise files.cannot(
+      f'--workdir={workdir}: cannot be written', error, 'choose another'
+    ) from error
+
+
+@contextlib.contextmanager
+def lease_workdir(workdir: Path, *, wait: bool = False) -> Iterator[None]:
+  """Keeps every other trainer out of the folder, which is made if need be.
+
+  Raises UserError if another process is training there, unless it is to wait for it.
+  """
+  _make(workdir)
+  busy = f'--workdir={workdir}: another process is training there; wait for it, or choose another'
+  with files.lease(workdir / LOCK, busy, wait=wait):
+    yield
+
+
+def _make(workdir: Path) -> None:
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise files.cannot(
+      f'--workdir={workdir}: cannot be written', error, 'choose another'
+    ) from error
+
+
+def read_config(workdir: Path) -> ConfigDict:
+  """The config of the run in workdir; UserError if there is none, or it breaks a rule.
+
+  Fields that came after the run have the value that gives what it did.
+  """
+  path = workdir / 'config.json'
+  cure = 'restore it or train again elsewhere'
+  try:
+    if not path.exists():
+      raise UserError(
+        f'--workdir={workdir}: no run there (config.json is missing); train one first'
+      )
+  except OSError as error:
+    raise files.cannot(f'{path}: cannot be read', error, cure) from error
+  return config_lib.from_json(files.read_json(path, cure), path)
