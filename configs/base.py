@@ -45,7 +45,8 @@ def get_config() -> ConfigDict:
       'data': {
         'dataset': 'sotu',  # the embedded corpus, or any TFDS text dataset prepared as array_record
         'text_key': 'text',
-        'validation_split': 'validation',
+        'train_split': 'train',  # of `dataset`, or a slice: train[:90%], train[:1000]
+        'validation_split': 'validation',  # likewise, with no record in common: train[90%:]
         'data_dir': '',  # of datasets; '' means $TFDS_DATA_DIR or ~/tensorflow_datasets
         'files': '',  # a glob of UTF-8 text files to train on instead of `dataset`
         'validation_files': '',  # likewise; '' holds out the last tenth of each of `files`

@@ -27,8 +27,8 @@ NOT_NEGATIVE = (
   'value_head_dim num_kv_heads latent_dim rope_dim query_latent_dim ffn_dim warmup_steps seed'
 ).split()
 TEXTS = (
-  'attention attention_impl dtype remat data.dataset data.text_key data.validation_split '
-  'data.data_dir data.files data.validation_files data.tokenizer'
+  'attention attention_impl dtype remat data.dataset data.text_key data.train_split '
+  'data.validation_split data.data_dir data.files data.validation_files data.tokenizer'
 ).split()
 GROUPS = ('data', 'mesh')
 MESH = ('mesh.data', 'mesh.fsdp', 'mesh.tensor')
@@ -40,7 +40,7 @@ LARGEST = 2**31 - 1  # sizes and counts must stay within int32
 SCHEMA_VERSION = 1
 # Fields that came after version 0, each with what runs did before: what an older run's config.json
 # is filled with. At this value a field is no difference between two runs.
-ADDED: dict[str, Any] = {'attention_impl': 'auto'}
+ADDED: dict[str, Any] = {'attention_impl': 'auto', 'data.train_split': 'train'}
 FIELDS = {*POSITIVE, *NOT_NEGATIVE, *TEXTS, *MESH, *FLOATS, *ADDED}
 
 

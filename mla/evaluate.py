@@ -14,7 +14,7 @@ The protocol, so that anybody can repeat it:
   the targets' text; BOS has none).
 - perplexity_ci95: percentile bootstrap, BOOTSTRAPS resamples of whole windows (tokens of a window
   are not independent), seed 0. It says how far another text of this kind would move the figure, not
-  another training seed.
+  another training seed. None (null) below LEAST_WINDOWS windows, of which it would say too little.
 - kv_cache_bytes_per_token: nbytes of the arrays allocated for the windows over their token slots.
 """
 
@@ -43,6 +43,8 @@ from mla.workdir import read_config
 CHUNK = 64
 BATCH = 32
 BOOTSTRAPS = 2000
+# Of normal windows what is called 95 % covers 51 % with 2, 83 % with 5, 90 % with 10, 94 % with 20.
+LEAST_WINDOWS = 20
 
 
 def evaluate_run(
@@ -153,8 +155,13 @@ def nll_through_cache(
 
 def bootstrap_perplexity(
   nll: Float[np.ndarray, ' W'], targets: Int[np.ndarray, ' W'], resamples: int = BOOTSTRAPS
-) -> list[float]:
-  """The 95 % percentile interval [low, high] of exp(sum nll / sum targets) over windows."""
+) -> list[float] | None:
+  """The 95 % percentile interval [low, high] of exp(sum nll / sum targets) over windows.
+
+  None of fewer than LEAST_WINDOWS windows.
+  """
+  if len(nll) < LEAST_WINDOWS:
+    return None
   rng = np.random.default_rng(0)
   means = []
   for _ in range(resamples):

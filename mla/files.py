@@ -77,6 +77,19 @@ def unused(path: Path) -> Path:
   return next(name for name in names if not os.path.lexists(name))
 
 
+def local_path(name: str, given: str) -> Path:
+  """A path as a user writes it, `~` and `~user` expanded; UserError that names the flag or field.
+
+  A bucket's address is refused: to the system it would be a folder called `gs:`.
+  """
+  if re.match(r'[A-Za-z][A-Za-z0-9+.-]*://', given):
+    raise UserError(f'{name}={given}: not a path; mount it as a folder (gs:// with gcsfuse)')
+  try:
+    return Path(given).expanduser()
+  except RuntimeError as error:  # no such user, or one without a home
+    raise UserError(f'{name}={given}: no home folder is known for that ~; write it out') from error
+
+
 def write_whole(path: Path, content: bytes | str) -> None:
   """Replaces `path` in one step; raises OSError with what was there left as it was.
 

@@ -115,11 +115,6 @@ def _readable_name(flag: str, given: str) -> Path:
   """The path with ~ replaced; UserError if there is no such path on any disk of ours."""
   if not given:
     raise UserError(f'--{flag}: is empty; name one, or leave the flag out')
-  if re.match(r'[A-Za-z][A-Za-z0-9+.-]*://', given):
-    raise UserError(
-      f'--{flag}={given}: is a URL; give a path on this machine (a bucket is mounted with gcsfuse, '
-      'docs/cloud_tpu.md)'
-    )
   if any(unicodedata.category(letter) == 'Cc' for letter in given):
     raise UserError(f'--{flag}={given!r}: has a control character in its name; choose another')
   try:
@@ -128,10 +123,7 @@ def _readable_name(flag: str, given: str) -> Path:
     same = False
   if not same:
     raise UserError(f'--{flag}={given!r}: is not UTF-8, as Orbax needs it; choose another name')
-  try:
-    path = Path(given).expanduser()
-  except RuntimeError as error:
-    raise UserError(f'--{flag}={given}: no home folder is known for it; write it out') from error
+  path = files.local_path(f'--{flag}', given)
   for name in path.parts:
     if len(name.encode()) > LONGEST_NAME:
       raise UserError(

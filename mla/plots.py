@@ -36,7 +36,7 @@ def perplexity(axes: Axes, runs: Sequence[Mapping[str, Any]]) -> None:
     shift = equals.index(run) - (len(equals) - 1) / 2
     x = size * 2 ** (shift * APART)
     colour, marker = STYLES.get(run['attention'], OTHER)
-    low, high = run['perplexity_ci95']
+    low, high = run['perplexity_ci95'] or (middle, middle)  # too few windows: no bar
     bars = [[middle - low], [high - middle]]
     axes.errorbar([x], [middle], bars, color=colour, marker=marker, linestyle='none', capsize=3)
     latent = f' C={run["latent_dim"]}' if run['latent_dim'] else ''

@@ -19,7 +19,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
   rows = []
   for run in sorted(runs, key=lambda run: run['kv_cache_bytes_per_token']):
     size = run['kv_cache_bytes_per_token']
-    low, high = run['perplexity_ci95']
+    interval = run['perplexity_ci95']
     rows.append((
       Path(run['workdir']).name,
       run['attention'],
@@ -29,7 +29,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
       run['cache_dtype'],
       f'{size:,.0f}',
       f'{run["perplexity"]:.4f}',
-      f'{low:.4f} to {high:.4f}',
+      f'{interval[0]:.4f} to {interval[1]:.4f}' if interval else '-',
       f'{run["bits_per_byte"]:.4f}',
       f'{GIB / size:,.0f}',
       f'{GIB / size / CONTEXT:,.1f}',

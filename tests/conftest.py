@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, shape annotations checked for real, and the tiny models."""
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -68,6 +69,19 @@ def tiny_config(arm: str = 'mla', **changes):
   config.update({**TINY, **ARMS[arm]})
   config.update_from_flattened_dict({name.replace('__', '.'): v for name, v in changes.items()})
   return config
+
+
+@contextlib.contextmanager
+def plain_user():
+  """As somebody who is refused what the permissions refuse, which root is not."""
+  root = os.geteuid() == 0
+  if root:
+    os.seteuid(65534)
+  try:
+    yield
+  finally:
+    if root:
+      os.seteuid(0)
 
 
 @pytest.fixture(scope='session')

@@ -116,7 +116,7 @@ TRAIN = [
   ('--config.data.text_key=poem', 'data.text_key=poem: .*text'),
   ('--config.data.validation_split=dev', "data.validation_split: .*'dev'.*validation"),
   ('--config.data.files=/nowhere/*.txt', 'data.files=/nowhere'),
-  ('--config.data.files={binary}', 'data.files: .*not UTF-8'),
+  ('--config.data.files={binary}', 'data.files: .*binary.txt holds a NUL byte'),
   ('--config.data.files={empty}', 'data.files'),
   ('--config.data.files={short}', 'batch_size=8: .*windows'),
   ('--config.data.files={text} --config.data.validation_files=/nowhere', 'data.validation_files'),

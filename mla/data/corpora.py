@@ -4,22 +4,22 @@ Nothing here needs TensorFlow or a network: datasets are read as array_record.
 """
 
 import contextlib
-import glob
 import hashlib
 import importlib.util
 import io
+import itertools
 import os
-import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import filelock
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from mla.errors import UserError
-
-HELD_OUT = 0.1  # of each of a user's files, when data.validation_files names none
+from mla import files
+from mla.data import user_files
+from mla.data.prepared import NotWhole, Prepared
+from mla.errors import MachineError, UserError, first_line
 
 
 class Sotu(tfds.core.GeneratorBasedBuilder):
@@ -53,21 +53,23 @@ def sotu_files() -> list[Path]:
 
 
 def load_documents(data: ConfigDict, split: str) -> list[str]:
-  """The documents of 'train' or 'validation', in a fixed order.
+  """The documents of 'train' or 'validation', in a fixed order; those of white space only left out.
 
-  Raises UserError, within seconds, for text that is not there or not readable; the message says
-  what to run or change.
+  Raises UserError, within seconds, for text that is not there, not readable, or in both splits; the
+  message says what to run or change. MachineError if the disk is full.
   """
   if data.files:
-    documents = _user_files(data, split)
-  else:
-    if data.dataset == 'sotu':
-      _prepare_sotu(data_dir(data))
-    documents = _prepared_dataset(data, split)
-  documents = [document for document in documents if document]
+    return user_files.load(data, split)
+  if data.validation_files:
+    raise UserError(
+      f'data.validation_files={data.validation_files}: is read beside data.files only; give that '
+      'too, or data.validation_split of a dataset'
+    )
+  texts = _embedded(data, split) if data.dataset == 'sotu' else _texts(data.dataset, data, split)
+  documents = [text for text in texts if text.strip()]
   if not documents:
-    what = 'data.files' if data.files else 'data.dataset'
-    raise UserError(f'{what}={data[what[5:]]}: its {split} split holds no text; choose another')
+    field, wanted = _wanted(data)[split]
+    raise UserError(f'{field}={wanted}: holds no text of {data.dataset}; choose another')
   return documents
 
 
@@ -82,110 +84,75 @@ def digest(documents: Sequence[str]) -> str:
 
 def data_dir(data: ConfigDict) -> Path:
   """Where datasets are prepared: data.data_dir, $TFDS_DATA_DIR or ~/tensorflow_datasets."""
-  chosen = data.data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-  return Path(chosen).expanduser()
+  if data.data_dir:
+    return files.local_path('data.data_dir', data.data_dir)
+  chosen = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+  return files.local_path('TFDS_DATA_DIR', chosen)
+
+
+def _texts(name: str, data: ConfigDict, split: str) -> list[str]:
+  dataset = Prepared(name, data_dir(data))
+  _check_apart(dataset, data)
+  return dataset.texts(*_wanted(data)[split], data.text_key)
+
+
+def _wanted(data: ConfigDict) -> dict[str, tuple[str, str]]:
+  """The field that says what a split is, and its value."""
+  return {
+    'train': ('data.train_split', data.train_split),
+    'validation': ('data.validation_split', data.validation_split),
+  }
+
+
+def _check_apart(dataset: Prepared, data: ConfigDict) -> None:
+  """Raises UserError if the two splits, which may be slices of one, have a record in common."""
+  train, validation = (dataset.records(*_wanted(data)[s]) for s in ('train', 'validation'))
+  for (name, first, end), (other, start, stop) in itertools.product(train, validation):
+    if name == other and max(first, start) < min(end, stop):
+      raise UserError(
+        f'data.train_split={data.train_split}: has records in common with data.validation_split='
+        f'{data.validation_split}; take for example {name}[:90%] and {name}[90%:]'
+      )
+
+
+def _embedded(data: ConfigDict, split: str) -> list[str]:
+  """The embedded corpus. What is prepared of it is only a cache, made again unless it is whole."""
+  name, root = f'{Sotu.name}:{Sotu.VERSION}', data_dir(data)
+  try:
+    _check_sotu(Prepared(name, root))
+    return _texts(name, data, split)
+  except NotWhole:
+    _prepare_sotu(root)
+  return _texts(name, data, split)
+
+
+def _check_sotu(dataset: Prepared) -> None:
+  years = [int(path.stem[:4]) for path in sotu_files()]
+  held_out = sum(year % 10 == 9 for year in years)
+  sizes = {'train': len(years) - held_out, 'validation': held_out}
+  if dataset.sizes != sizes or set(dataset.features) != {'id', 'text'}:
+    raise NotWhole('another dataset lies where the corpus is prepared')
 
 
 def _prepare_sotu(root: Path) -> None:
+  """Writes root/sotu/VERSION. Several processes may at once: all write the same, a file at a time.
+
+  Nothing else is touched, in a damaged folder neither.
+  """
+  doing = f'data.data_dir={root}: cannot prepare the corpus there'
+  cure = 'choose a folder that can be written'
+  folder = root / Sotu.name / str(Sotu.VERSION)
   try:
-    root.mkdir(parents=True, exist_ok=True)
-    tfds.disable_progress_bar()
-    # TFDS itself lets two processes collide, and talks of a download that does not happen.
-    with filelock.FileLock(root / 'sotu.lock'), contextlib.redirect_stdout(io.StringIO()):
-      Sotu(data_dir=str(root)).download_and_prepare(file_format='array_record')
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.', suffix='.draft') as draft:
+      tfds.disable_progress_bar()
+      with contextlib.redirect_stdout(io.StringIO()):  # it talks of a download
+        Sotu(data_dir=draft).download_and_prepare(file_format='array_record')
+      made = Path(draft) / folder.relative_to(root)
+      # The description last: without it a folder does not count as prepared.
+      for path in sorted(made.iterdir(), key=lambda path: path.name == 'dataset_info.json'):
+        os.replace(path, folder / path.name)
   except OSError as error:
-    raise UserError(
-      f'data.data_dir={root}: cannot prepare the corpus there ({error.strerror or error}); choose '
-      'a folder that can be written'
-    ) from error
-
-
-def _prepared_dataset(data: ConfigDict, split: str) -> list[str]:
-  builder = _open_builder(data)
-  wanted = 'train' if split == 'train' else data.validation_split
-  if wanted not in builder.info.splits:
-    field = 'data.dataset' if split == 'train' else 'data.validation_split'
-    there = ', '.join(sorted(builder.info.splits)) or 'none'
-    raise UserError(f'{field}: {data.dataset} has no split {wanted!r}; there are: {there}')
-  if data.text_key not in builder.info.features:
-    there = ', '.join(sorted(builder.info.features))
-    raise UserError(f'data.text_key={data.text_key}: {data.dataset} has the features {there}')
-  if not isinstance(builder.info.features[data.text_key], tfds.features.Text):
-    raise UserError(f'data.text_key={data.text_key}: is not a text of {data.dataset}')
-  try:
-    source = builder.as_data_source(split=wanted)
-    texts = [example[data.text_key] for example in source.__getitems__(range(len(source)))]
-    return [text.decode() if isinstance(text, bytes) else text for text in texts]
-  except NotImplementedError as error:
-    raise UserError(
-      f'data.dataset={data.dataset}: is not prepared as array_record; {_how_to_prepare(data)}'
-    ) from error
-  except Exception as error:  # whatever broken records make the libraries raise
-    raise UserError(
-      f'data.dataset={data.dataset}: its records in {builder.data_dir} cannot be read; remove that '
-      f'folder, then {_how_to_prepare(data)}'
-    ) from error
-
-
-def _open_builder(data: ConfigDict) -> tfds.core.DatasetBuilder:
-  """Opens NAME[/CONFIG][:VERSION] from what lies on disk, without the dataset's own code."""
-  if not re.fullmatch(r'[\w-]+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?', data.dataset) or '..' in data.dataset:
-    raise UserError(
-      f'data.dataset={data.dataset}: not a dataset name; write NAME, NAME/CONFIG or NAME:1.0.0'
-    )
-  name, _, version = data.dataset.partition(':')
-  found = sorted(
-    (data_dir(data) / name).glob(f'{version or "*"}/dataset_info.json'),
-    key=lambda path: [int(part) for part in re.findall(r'\d+', path.parent.name)],
-  )
-  if not found:
-    raise UserError(
-      f'data.dataset={data.dataset}: not prepared in {data_dir(data)}; {_how_to_prepare(data)}'
-    )
-  try:
-    return tfds.builder_from_directory(str(found[-1].parent))
-  except Exception as error:  # whatever a broken description makes TFDS raise
-    raise UserError(
-      f'{found[-1]}: cannot be read; remove that folder, then {_how_to_prepare(data)}'
-    ) from error
-
-
-def _how_to_prepare(data: ConfigDict) -> str:
-  if data.dataset == 'sotu':
-    return 'run the same command again'
-  return (
-    f'run: tfds build {data.dataset} --file_format=array_record --data_dir={data_dir(data)} '
-    '(needs TensorFlow and a network)'
-  )
-
-
-def _user_files(data: ConfigDict, split: str) -> list[str]:
-  if split == 'train' and data.validation_files:
-    return _read_all('data.files', data.files)
-  if split == 'validation' and data.validation_files:
-    return _read_all('data.validation_files', data.validation_files)
-  parts = [_split_text(text) for text in _read_all('data.files', data.files)]
-  return [train if split == 'train' else held_out for train, held_out in parts]
-
-
-def _split_text(text: str) -> tuple[str, str]:
-  """The first nine tenths and the rest, cut after a line's end where there is one."""
-  cut = len(text) - int(len(text) * HELD_OUT)
-  cut = text.rfind('\n', 0, cut) + 1 or cut
-  return text[:cut], text[cut:]
-
-
-def _read_all(field: str, pattern: str) -> list[str]:
-  paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-  if not paths:
-    raise UserError(f'{field}={pattern}: no file matches; quote the pattern and check the path')
-  return [_read(field, Path(path)) for path in paths]
-
-
-def _read(field: str, path: Path) -> str:
-  try:
-    return path.read_bytes().decode()
-  except UnicodeDecodeError as error:
-    raise UserError(f'{field}: {path} is not UTF-8 at byte {error.start}; convert it') from error
-  except OSError as error:
-    raise UserError(f'{field}: {path} cannot be read ({error.strerror})') from error
+    raise files.cannot(doing, error, cure) from error
+  except RuntimeError as error:  # array_record's, where a write failed
+    raise MachineError(f'{doing} ({first_line(error)}); mend that, then run the same') from error

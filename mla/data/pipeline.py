@@ -1,6 +1,8 @@
 """Tokens to batches, through Grain: deterministic, resumable, disjoint between processes."""
 
 import hashlib
+import logging
+from pathlib import Path
 from typing import NamedTuple
 
 import grain
@@ -34,8 +36,17 @@ class EvalWindows(NamedTuple):
 def load_data(config: ConfigDict) -> Data:
   """The tokenizer and both streams that config.data names; UserError if they cannot be had."""
   train, validation = (corpora.load_documents(config.data, s) for s in ('train', 'validation'))
-  cache_dir = corpora.data_dir(config.data) / 'mla_tokenizers'
-  tokenizer = make_tokenizer(config.data.tokenizer, train, cache_dir)
+  seen = set(train)
+  if doubled := sum(document in seen for document in validation):
+    logging.warning(
+      'data: %d of %d validation documents are training documents too; those judge memory',
+      doubled,
+      len(validation),
+    )
+  spec = config.data.tokenizer
+  # Bytes need no folder, so one that cannot be used is no obstacle.
+  folder = Path() if spec == 'bytes' else corpora.data_dir(config.data) / 'mla_tokenizers'
+  tokenizer = make_tokenizer(spec, train, folder)
   parts = (corpora.digest(train), corpora.digest(validation), tokenizer.digest)
   return Data(
     tokenizer,

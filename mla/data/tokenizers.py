@@ -4,8 +4,10 @@ A tokenizer has `vocab_size`; `bos`, which starts every document and stands for 
 which identifies it; and `byte_lengths` [vocab], the UTF-8 bytes that each token stands for.
 """
 
+import contextlib
 import hashlib
 import io
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from jaxtyping import Int
 
 from mla import files
 from mla.data import corpora
-from mla.errors import UserError
+from mla.errors import MachineError, UserError
 
 SPACE = '\u2581'  # what SentencePiece writes for a space; a text that has it itself is cut there
 LONGEST_PIECE = 1000  # characters of one training sentence; SentencePiece drops overlong ones
@@ -71,7 +73,11 @@ Tokenizer = ByteTokenizer | BpeTokenizer
 
 
 def make_tokenizer(spec: str, train_documents: Sequence[str], cache_dir: Path) -> Tokenizer:
-  """`bytes`, or `bpe:VOCAB` trained once on train_documents and kept in cache_dir."""
+  """`bytes`, or `bpe:VOCAB` trained once on train_documents and kept in cache_dir.
+
+  Where nothing can be kept, a warning says so and it is trained at every start, to the same. Raises
+  UserError for a bad spec or a text that does not do for it, MachineError if the disk is full.
+  """
   if spec == 'bytes':
     return ByteTokenizer()
   match = re.fullmatch(r'bpe:(\d{1,7})', spec)
@@ -80,17 +86,34 @@ def make_tokenizer(spec: str, train_documents: Sequence[str], cache_dir: Path) -
   vocab = int(match[1])
   settings = f'{spec} {sentencepiece.__version__} {corpora.digest(train_documents)}'
   path = cache_dir / f'bpe_{vocab}_{hashlib.sha256(settings.encode()).hexdigest()[:16]}.model'
-  try:
-    return BpeTokenizer(path.read_bytes())
-  except (OSError, RuntimeError):  # not there, or not whole
+  model = _kept(path)
+  if model is None:
     model = _train_bpe(train_documents, vocab)
+    _keep(path, model)
+  return BpeTokenizer(model)
+
+
+def _keep(path: Path, model: bytes) -> None:
+  """Writes the model behind a hash of it: a flipped bit can leave a model that loads."""
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_whole(path, model)
+    files.write_whole(path, hashlib.sha256(model).digest() + model)
   except OSError as error:
     doing = f'data.data_dir: cannot keep the tokenizer in {path.parent}'
-    raise files.cannot(doing, error, 'choose a folder that can be written') from error
-  return BpeTokenizer(model)
+    failure = files.cannot(doing, error, 'it is trained anew at every start')
+    if isinstance(failure, MachineError):
+      raise failure from error
+    logging.warning('%s', failure)
+
+
+def _kept(path: Path) -> bytes | None:
+  """The model that _keep wrote, or None if it is not there or not whole."""
+  with contextlib.suppress(UserError):
+    raw = files.read_bytes(path, '')
+    model = raw[hashlib.sha256().digest_size :]
+    if raw.startswith(hashlib.sha256(model).digest()):
+      return model
+  return None
 
 
 def _train_bpe(documents: Sequence[str], vocab: int) -> bytes:
