@@ -61,7 +61,8 @@ def main() -> int:
   rows = math.gcd(*(t.config.batch_size // t.config.accumulation_steps for t in todo))
   backends.prepare(rows, mesh=CONFIG.value.mesh.to_dict())
   engine = make_engine()
-  trials.check(todo, folder, on_these_devices=ENGINE.value == 'local')
+  missing = sweep.missing(todo, folder)
+  trials.check(missing, folder, on_these_devices=ENGINE.value == 'local')
   try:
     lines = sweep.run_sweep(todo, folder, engine, tune_on_first_seed=TUNE.value)
   except sweep.Stopped as stopped:
@@ -71,6 +72,7 @@ def main() -> int:
   if not done or (REFERENCE.value and REFERENCE.value not in done):
     print(f'no report: {REFERENCE.value or "every trial"} failed; see {folder / "logs"}')
     return cli.EXIT_FAILED
+  sweep.add_costs(todo, lines, folder)
   print('\n' + report.write(folder, REFERENCE.value, MARGIN.value))
   return cli.EXIT_FAILED if any(line['status'] == 'failed' for line in lines) else 0
 

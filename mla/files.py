@@ -11,9 +11,10 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import filelock
 
@@ -109,6 +110,17 @@ def write_whole(path: Path, content: bytes | str) -> None:
     with contextlib.suppress(OSError):
       draft.unlink()
     raise
+
+
+def append(path: Path) -> TextIO:
+  """Opens a file to write at its end, and makes it; OSError if it is a link, or no regular file."""
+  # O_NONBLOCK: a pipe that nobody reads is refused instead of waited for.
+  flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+  descriptor = os.open(path, flags, 0o666)
+  if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, 'is not a regular file')
+  return os.fdopen(descriptor, 'a', encoding='utf-8', errors='backslashreplace')
 
 
 def is_draft(path: Path) -> bool:

@@ -7,13 +7,13 @@ have, where a failed trial counts as an infinite loss; its other seeds count onl
 import json
 import math
 import statistics as middle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mla import metrics
+from mla import results
 from mla import statistics as stats
 from mla.errors import UserError
 
@@ -59,7 +59,7 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
   the reference is not there. A number that the data does not give is None.
   """
   path = folder / 'results.jsonl'
-  lines = metrics.read(path, 'trial') if path.exists() else []
+  lines = results.unlike(results.read_lines(path))
   rates = _losses(lines)
   if not rates:
     raise UserError(f'{path}: holds no trial that is done; run the sweep first')
@@ -103,9 +103,8 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
         'learning_rate': chosen[arm],
         'learning_rates_tried': tried,
         'learning_rate_at_edge': len(tried) > 1 and chosen[arm] in (tried[0], tried[-1]),
-        'flops_per_token': first['flops_per_token'],
-        'training_memory': first['training_memory'],
-        'tokens_per_second': middle.median(line['tokens_per_second'] for line in of[arm]),
+        **results.costs_of(folder, first),
+        'tokens_per_second': _median(line['tokens_per_second'] for line in of[arm]),
         'difference': None if against is None or arm == reference else _describe(against),
         'best_of_equal_bytes': best,
         'difference_at_equal_bytes': None if behind is None or arm == best else _describe(behind),
@@ -126,6 +125,11 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
     ],
     'arms': arms,
   }
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+  known = [value for value in values if value is not None]
+  return middle.median(known) if known else None
 
 
 def _unlike_settings(lines: Sequence[Mapping[str, Any]]) -> dict[str, list]:
@@ -162,15 +166,12 @@ def _finite(value: float) -> float | None:
 def _window_means(folder: Path, lines: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
   """{arm: {seed: loss of each window [W]}}"""
   found: dict[str, dict[int, np.ndarray]] = {}
-  path = folder / 'windows.npz'
-  if not path.exists():
-    return found
-  with np.load(path, allow_pickle=False) as stored:
-    for line in lines:
-      if line['trial'] in stored:
-        nll = stored[line['trial']]
-        per_window = line['tokens_evaluated'] / len(nll)
-        found.setdefault(line['arm'], {})[line['seed']] = nll / per_window
+  stored = results.read_windows(folder / 'windows.npz')
+  for line in lines:
+    if line['trial'] in stored:
+      nll = stored[line['trial']]
+      per_window = line['tokens_evaluated'] / len(nll)
+      found.setdefault(line['arm'], {})[line['seed']] = nll / per_window
   return found
 
 

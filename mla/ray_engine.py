@@ -5,6 +5,7 @@ trial whose worker or node dies is started again elsewhere and goes on from its 
 sweep's folder must be one that all nodes see.
 """
 
+import atexit
 import contextlib
 import functools
 import importlib.util
@@ -14,22 +15,26 @@ import math
 import os
 import platform
 import re
+import secrets
 import signal
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from mla import backends
+from mla import backends, files
 from mla.errors import Diverged, MachineError, UserError, first_line
 from mla.sweep import Done, Engine, Stopped, failed_line, log_of, run_trial
+from mla.train import train_leased
 from mla.trials import Trial
 from mla.workdir import claim_workdir
 
-RESTARTS = 5  # of one trial, before it counts as failed
+RESTARTS = 5  # of a trial whose process ends by itself and gets no further, before it has failed
+# For whatever reason; so that a worker that can't even begin is not started for ever.
+ALL_RESTARTS = 100
 
 # A worker trains on a thread that is not its first. glibc gives such a thread an arena of its own,
 # which maps and unmaps blocks above 64 MB each time, whatever cpu/host.py says by then.
@@ -89,9 +94,8 @@ def _run(
 
     def on_trial_error(self, iteration, trials, trial, **_):
       ended.add(trial.config['index'])
-      of = todo[trial.config['index']]
-      logs = f'{folder}/logs/{of.name}.txt and {folder}/ray'
-      done(of, failed_line(of, f'its process ended {RESTARTS + 1} times; see {logs}'))
+      failed = todo[trial.config['index']]
+      done(failed, _crashed_line(failed, folder, trial.num_failures))
 
   stopped_by = signal.SIGINT  # if by any
 
@@ -110,7 +114,7 @@ def _run(
     signal.signal(signal.SIGTERM, stop)
   _check_room(resources, ray.cluster_resources(), may_grow=address is not None)
   rows = math.gcd(*(t.config.batch_size // t.config.accumulation_steps for t in todo))
-  common = {'todo': todo, 'folder': folder}
+  common = {'todo': todo, 'folder': folder, 'sweep': secrets.token_hex(8)}
   if slice_ is None:
     cores = max(1, int(resources.get('cpu', 1)))
     work = tune.with_parameters(_work, rows=rows, cores=cores, **common)
@@ -128,7 +132,7 @@ def _run(
         storage_path=str(folder / 'ray'),
         verbose=0,
         callbacks=[Tell()],
-        failure_config=tune.FailureConfig(max_failures=RESTARTS),
+        failure_config=tune.FailureConfig(max_failures=ALL_RESTARTS),
       ),
     ).fit()
   finally:
@@ -182,17 +186,99 @@ def _count_slices(available: Mapping[str, int | float]) -> int:
   return max(1, int(sum(marks)))
 
 
-def _work(point: dict, *, todo: list[Trial], folder: Path, rows: int, cores: int) -> None:
-  """One trial, in a worker process."""
+def count_crashes(
+  previous: Mapping[str, Any], sweep: str, step: int, alive: Collection[str]
+) -> int:
+  """How many of a trial's processes ended by themselves since it last got further.
+
+  `previous` is what the process before this one left behind; `step` the newest checkpoint now;
+  `alive` the machines that still are. A process that was told to end (SIGTERM), or whose machine
+  went, is not counted: a trial on machines that come and go is to end as on others.
+  """
+  if previous['sweep'] != sweep or step > previous['step']:
+    return 0
+  by_itself = not previous['told'] and previous['node'] in alive
+  return previous['crashes'] + by_itself
+
+
+@contextlib.contextmanager
+def _counting(trial: Trial, folder: Path, sweep: str) -> Iterator[int]:
+  """count_crashes of a trial of which a process starts here; leaves what the next one will ask."""
+  import ray
+
+  path = folder / 'starts' / f'{trial.name}.json'
+  step = newest_step(folder / 'trials' / trial.name)
+  start = {
+    'sweep': sweep,
+    'step': step,
+    'node': ray.get_runtime_context().get_node_id(),
+    'told': False,
+    'crashes': 0,
+  }
+  try:
+    previous = files.read_json(path, '')
+  except UserError:  # there is none, or it is damaged: it is no more than a count
+    previous = None
+  if isinstance(previous, dict) and previous.keys() == start.keys():
+    alive = {node['NodeID'] for node in ray.nodes() if node['Alive']}
+    start['crashes'] = count_crashes(previous, sweep, step, alive)
+
+  def leave(told: bool) -> None:
+    with contextlib.suppress(OSError):
+      path.parent.mkdir(exist_ok=True)
+      files.write_whole(path, json.dumps({**start, 'told': told}))
+
+  leave(told=False)
+  # A process that gets SIGTERM comes to Python's end; one that crashes, or is killed, does not.
+  atexit.register(leave, told=True)
+  try:
+    yield start['crashes']
+  finally:
+    atexit.unregister(leave)
+
+
+def newest_step(workdir: Path) -> int:
+  """That of its newest checkpoint; 0 if there is none."""
+  names = (path.name for path in (workdir / 'checkpoints').glob('*'))
+  return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def _crashed_line(trial: Trial, folder: Path, times: int) -> dict:
+  logs = f'{folder}/logs/{trial.name}.txt and {folder}/ray'
+  return failed_line(trial, f'its process ended {times} times; see {logs}')
+
+
+def _run_here(
+  trial: Trial,
+  folder: Path,
+  sweep: str,
+  train: Callable[[ConfigDict, Path], Any] = train_leased,
+) -> None:
+  """Reports a trial's line, unless its processes keep ending."""
   from ray import tune
 
+  with _counting(trial, folder, sweep) as crashes:
+    try:
+      if crashes > RESTARTS:
+        line = _crashed_line(trial, folder, crashes)
+      else:
+        line = run_trial(trial, folder, train)
+    except (UserError, MachineError) as error:  # another start would end the same
+      line = failed_line(trial, str(error))
+  tune.report({'line': json.dumps(line)})
+
+
+def _work(
+  point: dict, *, todo: list[Trial], folder: Path, sweep: str, rows: int, cores: int
+) -> None:
+  """One trial, in a worker process."""
   from mla import cli
 
   trial = todo[point['index']]
   backends.prepare(rows, cores=cores, mesh=trial.config.mesh.to_dict())
   cli.log_plainly()
   cli.use_compilation_cache()
-  tune.report({'line': json.dumps(run_trial(trial, folder))})
+  _run_here(trial, folder, sweep)
 
 
 def _work_on_slice(
@@ -200,12 +286,12 @@ def _work_on_slice(
   *,
   todo: list[Trial],
   folder: Path,
+  sweep: str,
   slice_: Slice,
   resources: dict[str, int | float],
 ) -> None:
   """One trial, from a process beside the slice's hosts."""
   import jax
-  from ray import tune
 
   from mla import cli
 
@@ -213,7 +299,7 @@ def _work_on_slice(
   cli.log_plainly()
   cli.use_compilation_cache()
   train = functools.partial(_train_on_slice, slice_=slice_, resources=resources)
-  tune.report({'line': json.dumps(run_trial(todo[point['index']], folder, train))})
+  _run_here(todo[point['index']], folder, sweep, train)
 
 
 def _train_on_slice(
@@ -221,45 +307,57 @@ def _train_on_slice(
 ) -> bool:
   """Trains as one program over a slice's hosts; if one is lost, again on a slice."""
   from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+  from ray.train.v2.api.exceptions import TrainingFailedError
   from ray.train.v2.jax import JaxTrainer
 
   claim_workdir(config, workdir)
   chips = math.prod(map(int, slice_.topology.split('x')))
-  result = JaxTrainer(
-    _train_on_host,
-    train_loop_config={'config': config, 'workdir': workdir},
-    scaling_config=ScalingConfig(
-      use_tpu=True,
-      num_workers=int(chips // resources['TPU']),
-      topology=slice_.topology,
-      accelerator_type=slice_.accelerator,
-      resources_per_worker=resources,
-    ),
-    run_config=RunConfig(
-      name=workdir.name,
-      storage_path=str(workdir.parent.parent / 'ray'),
-      failure_config=FailureConfig(max_failures=RESTARTS),
-      worker_runtime_env={'env_vars': {'RAY_TRAIN_ENABLE_PRINT_PATCH': '0'}},  # no line twice
-    ),
-  ).fit()
-  error = getattr(result, 'return_value', '')  # of the first host; in Ray's second API only
-  if error:
-    raise UserError(error)
+  while True:
+    began_at = newest_step(workdir)
+    try:
+      result = JaxTrainer(
+        _train_on_host,
+        train_loop_config={'config': config, 'workdir': workdir},
+        scaling_config=ScalingConfig(
+          use_tpu=True,
+          num_workers=int(chips // resources['TPU']),
+          topology=slice_.topology,
+          accelerator_type=slice_.accelerator,
+          resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+          name=workdir.name,
+          storage_path=str(workdir.parent.parent / 'ray'),
+          failure_config=FailureConfig(max_failures=RESTARTS),
+          worker_runtime_env={'env_vars': {'RAY_TRAIN_ENABLE_PRINT_PATCH': '0'}},  # no line twice
+        ),
+      ).fit()
+      break
+    except TrainingFailedError:
+      if newest_step(workdir) <= began_at:
+        raise
+  # Of the first host; in Ray's second API only.
+  failed = getattr(result, 'return_value', None)
+  if failed:
+    diverged, error = failed
+    raise (Diverged if diverged else UserError)(error)
   return True
 
 
-def _train_on_host(what: dict) -> str:
-  """A host's part; Ray has joined the hosts to one jax.distributed program. Returns the error."""
+def _train_on_host(what: dict) -> tuple[bool, str] | None:
+  """A host's part; Ray has joined the hosts to one jax.distributed program.
+
+  Returns what another try would end in as well: whether the run diverged, and the error.
+  """
   from mla import cli
-  from mla.train import train_leased
 
   cli.log_plainly()
   cli.use_compilation_cache()
   log = log_of(what['workdir'])
-  with log.open('a') as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+  with files.append(log) as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
     print(f'process {os.getpid()} on {platform.node()}', flush=True)
     try:
       train_leased(what['config'], what['workdir'])  # run_trial, elsewhere, holds the lease
     except (UserError, Diverged, MachineError) as failed:  # another try would end the same
-      return str(failed)
-  return ''
+      return isinstance(failed, Diverged), str(failed)
+  return None

@@ -148,6 +148,8 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
       found.append(f'{arm["arm"]}: {len(tried)} learning rate tried; three or more make it fair')
     if arm['half_width'] is None:
       found.append(f'{arm["arm"]}: one seed, so no interval')
+    if 'costs_unknown' in arm:
+      found.append(f'{arm["arm"]}: what its training costs is not known ({arm["costs_unknown"]})')
   for name, values in summary['unlike_settings'].items():
     told = ', '.join(map(str, values))
     found.append(f'{name} differs between trials that no arm sets it for: {told}')
@@ -181,6 +183,10 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _number(value: float | None, form: str = '.4f') -> str:
   return '-' if value is None else format(value, form)
+
+
+def _ratio(value: float | None, unit: float | None) -> float | None:
+  return None if value is None or unit is None else value / unit
 
 
 def _difference(d: Mapping[str, Any] | None) -> str:
@@ -255,9 +261,9 @@ def _compute(summary: Mapping[str, Any]) -> str:
     [
       arm['arm'],
       f'{arm["params_non_embedding"]:,}',
-      f'{arm["flops_per_token"] / 1e6:.2f}',
-      f'{arm["flops_per_token"] / reference["flops_per_token"]:.3f}',
-      f'{arm["tokens_per_second"]:,.0f}',
+      _number(_ratio(arm['flops_per_token'], 1e6), '.2f'),
+      _number(_ratio(arm['flops_per_token'], reference['flops_per_token']), '.3f'),
+      _number(arm['tokens_per_second'], ',.0f'),
     ]
     for arm in summary['arms']
   ]
@@ -270,7 +276,7 @@ def _training_memory(summary: Mapping[str, Any]) -> str:
     [
       arm['arm'],
       *(
-        f'{arm["training_memory"][remat][what] / MIB:.1f}'
+        _number(arm['training_memory'] and arm['training_memory'][remat][what] / MIB, '.1f')
         for what in ('activation_bytes', 'peak_bytes')
         for remat in ('none', 'latents')
       ),

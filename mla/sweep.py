@@ -1,33 +1,32 @@
 """Runs a sweep: trials on an engine, their results on disk, nothing done twice.
 
 DIR/trials/NAME/   a trial's workdir, as train.py leaves it; logs/NAME.txt what it printed
-DIR/results.jsonl  a line a trial; windows.npz each trial's loss on every evaluation window
+DIR/results.jsonl, windows.npz, costs/   what came out, see mla/results.py
 DIR/frontier.json, frontier.png, report.md
-DIR/costs/         each arm's FLOPs and training memory; ray/ what Ray keeps; .lock the lease
+DIR/ray/, starts/  what the Ray engine keeps; .lock the lease
 """
 
 import contextlib
-import io
-import json
+import math
 import os
 import platform
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from mla import cost, files, frontier, metrics
 from mla.data.pipeline import load_data
 from mla.errors import Diverged, MachineError, UserError, first_line
 from mla.evaluate import score_run
+from mla.results import Results, costs_of, costs_path, read_costs, write_costs
 from mla.signals import StopSignal
 from mla.train import train_leased
-from mla.trials import Trial, file_name
+from mla.trials import Trial
 from mla.workdir import lease_workdir
 
 CACHE_DTYPE = 'bfloat16'  # of the cache the trials are read through
@@ -71,16 +70,18 @@ def run_sweep(
 
   With tune_on_first_seed, every learning rate runs with the first seed only, and each arm's best
   with the others. Raises UserError if another sweep runs in the folder, or if a result there is
-  of another config; Stopped on SIGTERM or Ctrl-C.
+  damaged or of another config; Stopped on SIGTERM or Ctrl-C.
   """
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise UserError(f'--workdir={folder}: {error.strerror}; choose another folder') from error
+    cure = 'choose another folder'
+    raise files.cannot(f'--workdir={folder}: cannot be made', error, cure) from error
   busy = f'--workdir={folder}: another sweep is at work there; wait for it'
   with files.lease(folder / '.lock', busy):
     results = Results(folder)
-    results.check(trials)
+    trials = results.settle(trials)
+    results.rename_arms(trials)
     if tune_on_first_seed:
       stages = _two_stages(trials, results)
       arms, seeds = ({getattr(t, n) for t in trials} for n in ('arm', 'seed'))
@@ -94,19 +95,29 @@ def run_sweep(
       progress.ended(line)
 
     for stage in stages:
-      missing = [trial for trial in stage if not results.has(trial)]
-      progress.skipped(len(stage) - len(missing))
-      if missing:
-        engine(missing, folder, done)
+      left = [trial for trial in stage if not results.has(trial)]
+      ended = results.of([trial for trial in stage if results.has(trial)])
+      progress.stage(ended, len(results.of(left)), len(left))
+      if left:
+        engine(left, folder, done)
     progress.close()
     return results.of(trials)
+
+
+def missing(trials: Sequence[Trial], folder: Path) -> list[Trial]:
+  """Those that run_sweep has yet to run, by the names of their folders there.
+
+  With tune_on_first_seed it may run fewer. Raises UserError as run_sweep does.
+  """
+  results = Results(folder)
+  return [trial for trial in results.settle(trials) if not results.has(trial)]
 
 
 def _first_seed(trials: Sequence[Trial]) -> list[Trial]:
   return [trial for trial in trials if trial.seed == trials[0].seed]
 
 
-def _two_stages(trials: Sequence[Trial], results: 'Results') -> Iterator[list[Trial]]:
+def _two_stages(trials: Sequence[Trial], results: Results) -> Iterator[list[Trial]]:
   """Every learning rate with the first seed; then, of each arm, the best with the other seeds."""
   first = _first_seed(trials)
   yield first
@@ -126,37 +137,56 @@ def run_trial(
   it; it says something false if it was stopped.
   """
   workdir, log = folder / 'trials' / trial.name, log_of(folder / 'trials' / trial.name)
-  for path in (workdir.parent, log.parent):
-    path.mkdir(parents=True, exist_ok=True)
-  line = _line(trial)
   began = time.monotonic()
   with (
     lease_workdir(workdir, wait=True),
-    log.open('a') as out,
-    contextlib.redirect_stdout(out),
-    contextlib.redirect_stderr(out),
+    _printing_to(log),
   ):
     try:
       print(f'process {os.getpid()} on {platform.node()}', flush=True)
       if not train(trial.config, workdir):
-        return {**line, 'status': 'stopped'}
+        return {**trial.line, 'status': 'stopped'}
       figures, nll = score_run(workdir, CACHE_DTYPE, max_tokens=trial.config.data.eval_tokens)
       del figures['workdir'], figures['perplexity_ci95']  # the report's interval is over seeds
+      loss = float(nll.sum()) / figures['tokens_evaluated']
+      if not math.isfinite(loss):
+        raise Diverged(f'read through a {CACHE_DTYPE} cache its loss is not finite')
       return {
-        **line,
+        **trial.line,
         'status': 'done',
-        'loss': float(nll.sum()) / figures['tokens_evaluated'],
+        'loss': loss,
         **figures,
         'tokens_per_second': _tokens_per_second(workdir),
-        **_costs(trial, folder),
         'seconds': time.monotonic() - began,
         'window_nll': [float(value) for value in nll],
       }
-    except (UserError, Diverged, MachineError) as error:
+    except Diverged as error:
+      return failed_line(trial, str(error), diverged=True)
+    except (UserError, MachineError) as error:
       return failed_line(trial, str(error))
     except Exception as error:
       traceback.print_exc()
       return failed_line(trial, f'{type(error).__name__}: {first_line(error)}; see {log}')
+
+
+@contextlib.contextmanager
+def _printing_to(log: Path) -> Iterator[None]:
+  """What is printed meanwhile goes to the end of a log."""
+  _made(log.parent)
+  try:
+    out = files.append(log)
+  except OSError as error:
+    raise files.cannot(f'{log}: cannot be written', error, 'remove or permit it') from error
+  with out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    yield
+
+
+def _made(folder: Path) -> Path:
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise files.cannot(f'{folder}: cannot be made', error, 'remove or permit it') from error
+  return folder
 
 
 def log_of(workdir: Path) -> Path:
@@ -164,99 +194,76 @@ def log_of(workdir: Path) -> Path:
   return workdir.parent.parent / 'logs' / f'{workdir.name}.txt'
 
 
-def _line(trial: Trial) -> dict[str, Any]:
-  return {
-    'trial': trial.name,
-    'arm': trial.arm,
-    'seed': trial.seed,
-    'learning_rate': trial.learning_rate,
-    'fields': trial.fields,
-    'digest': trial.digest,
-    'arm_digest': trial.arm_digest,
-    'settings': trial.settings,
-  }
+def failed_line(trial: Trial, error: str, *, diverged: bool = False) -> dict[str, Any]:
+  """The line of a trial that could not be finished, and why; who diverged is not tried again."""
+  why = {'diverged': True} if diverged else {}
+  return {**trial.line, 'status': 'failed', 'error': error, **why}
 
 
-def failed_line(trial: Trial, error: str) -> dict[str, Any]:
-  """The line of a trial that could not be finished, and why."""
-  return {**_line(trial), 'status': 'failed', 'error': error}
-
-
-def _tokens_per_second(workdir: Path) -> float:
-  """Median of the logged rates; the first holds the start's."""
-  lines = metrics.read(workdir / 'metrics.jsonl')
+def _tokens_per_second(workdir: Path) -> float | None:
+  """Median of the logged rates, of which the first holds the start's; None if none can be read."""
+  try:
+    lines = metrics.read(workdir / 'metrics.jsonl')
+  except (OSError, UserError):  # the trial is done all the same
+    return None
   rates = [line['tokens_per_second'] for line in lines if 'tokens_per_second' in line]
-  return statistics.median(rates[1:] or rates)
+  return statistics.median(rates[1:] or rates) if rates else None
 
 
-def _costs(trial: Trial, folder: Path) -> dict[str, Any]:
-  """cost.training_costs of the trial's arm, compiled once an arm and kept in DIR/costs."""
-  path = folder / 'costs' / f'{file_name(trial.arm)}.json'
-  path.parent.mkdir(exist_ok=True)
-  if not path.exists():
-    costs = cost.training_costs(trial.config, load_data(trial.config).tokenizer.vocab_size)
-    files.write_whole(path, json.dumps(costs) + '\n')
-  return json.loads(path.read_text())
+def add_costs(
+  trials: Sequence[Trial],
+  lines: Sequence[Mapping[str, Any]],
+  folder: Path,
+  say: Callable[[str], None] = print,
+) -> None:
+  """Compiles what each arm of the lines costs, for the report; an arm that is known never again.
 
-
-class Results:
-  """results.jsonl and windows.npz; written anew, whole, after every trial."""
-
-  def __init__(self, folder: Path):
-    self._path, self._windows_path = folder / 'results.jsonl', folder / 'windows.npz'
-    lines = metrics.read(self._path, 'trial') if self._path.exists() else []
-    self._lines = {line['trial']: line for line in lines}
-    self._windows: dict[str, np.ndarray] = {}
-    if self._windows_path.exists():
-      with np.load(self._windows_path, allow_pickle=False) as stored:
-        self._windows = dict(stored)
-
-  def has(self, trial: Trial) -> bool:
-    return self._lines.get(trial.name, {}).get('status') == 'done'
-
-  def of(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    return [self._lines[trial.name] for trial in trials if trial.name in self._lines]
-
-  def check(self, trials: Sequence[Trial]) -> None:
-    arms = {line['arm']: line.get('arm_digest') for line in self._lines.values()}
-    for trial in trials:
-      if arms.get(trial.arm) not in (None, trial.arm_digest):
-        raise UserError(
-          f'trial {trial.name}: {self._path} holds trials of {trial.arm} with other settings; use '
-          'another --workdir'
-        )
-      if self._lines.get(trial.name, {}).get('digest', trial.digest) != trial.digest:
-        raise UserError(
-          f'trial {trial.name}: {self._path} holds its result with other settings; use another '
-          '--workdir'
-        )
-
-  def add(self, line: dict[str, Any]) -> None:
-    windows = line.pop('window_nll', None)
-    if windows is not None:
-      self._windows[line['trial']] = np.asarray(windows, np.float32)
-      arrays = io.BytesIO()
-      np.savez_compressed(arrays, **self._windows)  # type: ignore[arg-type]
-      files.write_whole(self._windows_path, arrays.getvalue())
-    self._lines[line['trial']] = line
-    text = ''.join(json.dumps(line) + '\n' for line in self._lines.values())
-    files.write_whole(self._path, text)
+  Raises nothing of what can't be compiled: it is kept too, and the report says so.
+  """
+  configs = {trial.arm_digest: trial.config for trial in trials}
+  unknown = {
+    line['arm_digest']: configs[line['arm_digest']]
+    for line in lines
+    if line['status'] == 'done'
+    and costs_of(folder, line)['flops_per_token'] is None
+    and read_costs(folder, line['arm_digest']) is None
+  }
+  if unknown:
+    say(f'compiling what {len(unknown)} arms cost, once')
+  for arm, config in unknown.items():
+    # Stays if the compiler ends the process, so that the next report is not ended by it as well.
+    write_costs(folder, arm, {'error': 'its process ended while compiling'})
+    try:
+      costs = cost.training_costs(config, load_data(config).tokenizer.vocab_size)
+    except Exception as error:  # whatever XLA raises
+      costs = {'error': f'{type(error).__name__}: {first_line(error)}'}
+    except BaseException:
+      costs_path(folder, arm).unlink(missing_ok=True)
+      raise
+    write_costs(folder, arm, costs)
 
 
 class Progress:
-  """A line for each trial that ends, with how many are left and for how long."""
+  """How many trials there are, then a line for each that ends, with how long the rest will take."""
 
   def __init__(self, total: int, say: Callable[[str], None]):
-    self._total, self._say, self._done, self._ran = total, say, 0, 0
+    self._total, self._say = total, say
+    self._done = self._diverged = self._ran = 0
+    self._told = False
     self._began = time.monotonic()
-    say(f'{total} trials')
 
-  def skipped(self, count: int) -> None:
-    self._done += count
-    if count:
-      self._say(f'{count} of {self._total} trials are done already')
+  def stage(self, ended: Sequence[Mapping[str, Any]], again: int, running: int) -> None:
+    """What is known before `running` trials start, `again` of which failed before."""
+    self._done += len(ended)
+    self._diverged += sum(line['status'] == 'failed' for line in ended)
+    if running and (ended or again or not self._told):
+      head = f'{self._total} trials'
+      if self._done:
+        head = f'{self._done} of {self._total} trials are done already{self._final()}'
+      self._say(head + (f'; {again} that failed before are tried again' if again else ''))
+      self._told = True
 
-  def ended(self, line: dict[str, Any]) -> None:
+  def ended(self, line: Mapping[str, Any]) -> None:
     self._done, self._ran = self._done + 1, self._ran + 1
     left = (self._total - self._done) * (time.monotonic() - self._began) / self._ran
     minutes, seconds = divmod(round(left), 60)
@@ -265,5 +272,14 @@ class Progress:
     self._say(f'[{self._done}/{self._total}] {line["trial"]}  {result}  {clock} left')
 
   def close(self) -> None:
-    if not self._ran:
-      self._say(f'all {self._done} trials were done already; nothing to train')
+    if not self._told:
+      self._say(f'all {self._done} trials were done already{self._final()}; nothing to train')
+
+  def _final(self) -> str:
+    """Of those that diverged, which would do so again: from a config the same loss comes."""
+    if not self._diverged:
+      return ''
+    return (
+      f' ({self._diverged} of them diverged, as they would again; to try, take their lines out of '
+      'results.jsonl)'
+    )

@@ -3,12 +3,15 @@
 An arm is what a sweep compares; its trials differ in learning rate and seed only.
 """
 
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import re
 import runpy
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,21 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from mla import config as config_lib
-from mla import memory, paths, sharding
+from mla import files, memory, paths, sharding
 from mla import model as model_lib
 from mla.data.pipeline import Data, eval_windows, load_data, train_batches
 from mla.errors import UserError
-from mla.workdir import claim_workdir, identity
+from mla.workdir import claim_workdir, identity, read_config
 
 # What the trials of an arm differ in.
 REPEATED = ('learning_rate', 'seed')
+# What only the building of the model reads: trials that differ in nothing else, and build the same
+# model, are the same.
+MODEL_FIELDS = (
+  'attention num_heads head_dim value_head_dim num_kv_heads latent_dim rope_dim query_latent_dim '
+  'num_layers d_model ffn_dim param_budget'
+).split()
+LONGEST = 150  # bytes of a label in a file's name, which may have 255 with what is added to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +54,8 @@ class Trial:
 
   @property
   def digest(self) -> str:
-    """Tells whether a result on disk is this trial's: a hash of every field that counts."""
-    return _hash(identity(self.config))
+    """What it is, whatever it is called: a hash of every field that counts."""
+    return digest(self.config)
 
   @property
   def arm_digest(self) -> str:
@@ -58,6 +68,24 @@ class Trial:
     """What the trial has in common with the sweep's others: the fields that it does not set."""
     fields = identity(self.config) | {'data.eval_tokens': self.config.data.eval_tokens}
     return {name: value for name, value in fields.items() if name not in (*self.fields, *REPEATED)}
+
+  @property
+  def line(self) -> dict[str, Any]:
+    """What its line in results.jsonl says of the trial itself."""
+    return {
+      'trial': self.name,
+      'arm': self.arm,
+      'seed': self.seed,
+      'learning_rate': self.learning_rate,
+      'fields': self.fields,
+      'digest': self.digest,
+      'arm_digest': self.arm_digest,
+      'settings': self.settings,
+    }
+
+
+def digest(config: ConfigDict) -> str:
+  return _hash(identity(config))
 
 
 def _hash(fields: Mapping[str, Any]) -> str:
@@ -123,16 +151,52 @@ def expand(
         raise UserError(f'{min(twice)}: set twice for trial {_label(fields | point)}; once will do')
       fields |= point
     trials.append(_make(config, arm, fields, set(arms.get(arm, ()))))
-  names = [trial.name for trial in trials]
-  for name in names:
-    if names.count(name) > 1:
-      raise UserError(f'trial {name}: occurs {names.count(name)} times; give each value once')
-  return trials
+  _refuse_repeated(trials)
+  # Names that some disk would take for one another, by case or the encoding of an accent.
+  folded = collections.Counter(_folded(trial.name) for trial in trials)
+  return [
+    dataclasses.replace(trial, name=f'{trial.name}-{trial.digest[:8]}')
+    if folded[_folded(trial.name)] > 1
+    else trial
+    for trial in trials
+  ]
+
+
+def _refuse_repeated(trials: Sequence[Trial]) -> None:
+  """Raises UserError if two trials are one, by fields that change nothing of what is learned."""
+  times = collections.Counter(trial.digest for trial in trials)
+  first: dict[str, Trial] = {}
+  for trial in trials:
+    other = first.setdefault(trial.digest, trial)
+    if other is trial:
+      continue
+    if other.name == trial.name:
+      raise UserError(
+        f'trial {trial.name}: occurs {times[trial.digest]} times; give each value once'
+      )
+    raise UserError(f'trial {trial.name}: is trial {other.name} again{_though(trial, other)}')
+
+
+def _though(trial: Trial, other: Trial) -> str:
+  """What two trials differ in although they are one, and the cure."""
+  fields = sorted(
+    name
+    for name in {*trial.fields, *other.fields}
+    if config_lib.field(trial.config, name) != config_lib.field(other.config, name)
+  )
+  reason = f', for {" and ".join(fields)} changes nothing that is learned there' if fields else ''
+  return f'{reason}; give one of the two'
+
+
+def _folded(name: str) -> str:
+  return unicodedata.normalize('NFC', name).casefold()
 
 
 def _make(config: ConfigDict, arm: str, fields: Mapping[str, Any], implied: set[str]) -> Trial:
   """One trial; `implied` are the fields that the arm's name stands for."""
   label = _label({k: v for k, v in fields.items() if k not in implied}, arm)
+  if any(unicodedata.category(letter) in ('Cc', 'Cs', 'Zl', 'Zp') for letter in label):
+    raise UserError(f'trial {label!a}: a name is one line of text; name it otherwise')
   trial = config.copy_and_resolve_references()
   typed = {name: _typed(trial, name, value, label) for name, value in fields.items()}
   for name, value in typed.items():
@@ -148,12 +212,15 @@ def _make(config: ConfigDict, arm: str, fields: Mapping[str, Any], implied: set[
 
 
 def _label(fields: Mapping[str, Any], arm: str = '') -> str:
-  return ','.join([*([arm] if arm else []), *(f'{name}={v}' for name, v in fields.items())])
+  """The arm's name and the fields, in one order however they were given."""
+  named = sorted(fields.items(), key=lambda field: (field[0] in REPEATED, field[0]))
+  return ','.join([*([arm] if arm else []), *(f'{name}={value}' for name, value in named)])
 
 
 def file_name(label: str) -> str:
   """A label as one safe file name; one that had to be changed carries a hash of what it was."""
-  safe = re.sub(r'[^\w.=,+-]', '_', label)[:150].lstrip('.') or 'trial'
+  safe = re.sub(r'[^\w.=,+-]', '_', label).lstrip('.')
+  safe = safe.encode()[:LONGEST].decode(errors='ignore') or 'trial'
   return safe if safe == label else f'{safe}-{hashlib.sha256(label.encode()).hexdigest()[:8]}'
 
 
@@ -166,6 +233,8 @@ def _typed(config: ConfigDict, name: str, value: Any, label: str) -> Any:
   if isinstance(there, ConfigDict):
     raise UserError(f'trial {label}: {name}: is a group of fields; name one of them')
   kind = type(there)
+  if kind not in (str, int, float):
+    raise UserError(f'trial {label}: {name}: is {kind.__name__}, which no sweep can set')
   try:
     if kind is str:
       return str(value)
@@ -176,6 +245,15 @@ def _typed(config: ConfigDict, name: str, value: Any, label: str) -> Any:
   except (ValueError, OverflowError, TypeError) as error:
     wanted = 'an integer' if kind is int else 'a number'
     raise UserError(f'trial {label}: {name}={value}: must be {wanted}') from error
+
+
+def find_workdirs(folder: Path) -> dict[str, str]:
+  """{digest: folder's name} of the runs in DIR/trials; what has no config to be read is none."""
+  found = {}
+  for path in sorted((folder / 'trials').glob('*/config.json')):
+    with contextlib.suppress(UserError):
+      found[digest(read_config(path.parent))] = path.parent.name
+  return found
 
 
 def _is_sweep(folder: Path) -> bool:
@@ -189,31 +267,42 @@ def check(trials: Sequence[Trial], folder: Path, *, on_these_devices: bool = Tru
   With on_these_devices, also whether the trials' meshes fit this process's devices. Raises
   UserError, naming the trial where it is one's, before anything trains.
   """
-  if folder.exists() and (not folder.is_dir() or not _is_sweep(folder)):
+  try:
+    ours = not folder.exists() or (folder.is_dir() and _is_sweep(folder))
+  except OSError as error:
+    raise files.cannot(f'--workdir={folder}: cannot be read', error, 'choose another') from error
+  if not ours:
     raise UserError(f'--workdir={folder}: is not empty and holds no sweep; choose another folder')
   texts: dict[str, Data] = {}
-  seen = set()
+  models: dict[str, Any] = {}
+  first: dict[str, Trial] = {}
   for trial in trials:
     try:
       workdir = folder / 'trials' / trial.name
       if workdir.exists():
         claim_workdir(trial.config, workdir)
-      if trial.arm not in seen:
-        seen.add(trial.arm)
+      if trial.arm not in models:
         if on_these_devices:
           mesh = sharding.make_mesh(trial.config.mesh.to_dict())
           memory.check_training(trial.config, mesh)
         source = json.dumps(trial.config.data.to_dict(), sort_keys=True)
         if source not in texts:
           texts[source] = load_data(trial.config)
-        _check_arm(trial.config, texts[source], on_these_devices)
+        models[trial.arm] = _check_arm(trial.config, texts[source], on_these_devices)
+      rest = identity(trial.config)
+      rest = {name: value for name, value in rest.items() if name not in MODEL_FIELDS}
+      other = first.setdefault(_hash({'rest': rest, 'model': repr(models[trial.arm])}), trial)
+      if other is not trial and models[other.arm] == models[trial.arm]:
+        raise UserError(f'is trial {other.name} again{_though(trial, other)}')
     except UserError as error:
       raise UserError(f'trial {trial.name}: {error}') from error
 
 
-def _check_arm(config: ConfigDict, data: Data, on_these_devices: bool) -> None:
-  nnx.eval_shape(lambda: model_lib.make_model(config, data.tokenizer.vocab_size))
+def _check_arm(config: ConfigDict, data: Data, on_these_devices: bool) -> Any:
+  """Returns the model in abstract: equal ones compute the same from the same weights."""
+  model = nnx.eval_shape(lambda: model_lib.make_model(config, data.tokenizer.vocab_size))
   train_batches(data.train, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
   eval_windows(data.validation, seq_len=config.seq_len, max_tokens=config.data.eval_tokens)
   if on_these_devices:
     sharding.check_batch(config, sharding.make_mesh(config.mesh.to_dict()))
+  return nnx.split(model)
