@@ -1,19 +1,28 @@
 """From a sweep's lines to its answer: per arm mean and interval, the frontier, the sweet spot.
 
-The learning rate of an arm is the one with the lowest mean loss on the seeds that all its rates
-have, where a failed trial counts as an infinite loss; its other seeds count only with that rate.
+mla/tuning.py says which seeds judge an arm. An arm of which a judged seed failed has no finite
+mean: any arm without failures is better, it is neither on the frontier nor the sweet spot, and no
+difference is taken to it; its `mean_loss` is that of the seeds that finished. By an arm without
+a judged seed (`tuned_on_itself`) nothing is decided.
+
+What is said of several arms at once shares what this look may err (mla/looks.py), in four families:
+the bounds against the reference, which decide the sweet spot; the frontier's verdicts; the
+differences at equal bytes, of all pairs, for the best is found by looking; the steps from each
+latent to the next. Each family holds as a whole, *simultaneously*, with 95 % confidence over all
+looks. `ci95` and `half_width` are two-sided 95 % of one figure by itself.
 """
 
+import itertools
 import json
 import math
 import statistics as middle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mla import results
+from mla import files, looks, results, tuning
 from mla import statistics as stats
 from mla.errors import UserError
 
@@ -21,115 +30,238 @@ MARGIN = 0.02  # nats a token
 WIDTH = 0.01  # nats: a half-width above it is explained in the report
 
 
-def best_learning_rates(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """{arm: learning rate} of the arms of which some trial is done."""
-  return {arm: choose_rate(rates) for arm, rates in _losses(lines).items()}
+class Arm(NamedTuple):
+  name: str
+  size: float  # cache bytes a token
+  mean: stats.Estimate  # over the seeds that judge it and finished
+  judged: tuning.Judged
+  tried: list[float]  # learning rates
+  lines: list[Mapping[str, Any]]  # of the trials its mean is over
+  failed: list[str]  # its trials that failed, at any rate
 
+  @property
+  def whole(self) -> bool:
+    """None of its judged seeds failed."""
+    return not self.judged.failed
 
-def choose_rate(rates: Mapping[float, stats.Sample]) -> float:
-  """The learning rate whose mean loss over the seeds that all rates have is lowest.
-
-  If they share none, each rate's mean is over its own.
-  """
-  shared = set.intersection(*(set(sample) for sample in rates.values()))
-
-  def mean(rate: float) -> float:
-    sample = rates[rate]
-    return float(np.mean([sample[seed] for seed in shared or sample]))
-
-  return min(rates, key=mean)
-
-
-def _losses(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, dict[int, float]]]:
-  """{arm: {learning rate: {seed: loss}}} of the arms of which some trial is done; failed: inf."""
-  found: dict[str, dict[float, dict[int, float]]] = {}
-  done = {line['arm'] for line in lines if line['status'] == 'done'}
-  for line in lines:
-    if line['arm'] in done:
-      of_rate = found.setdefault(line['arm'], {}).setdefault(line['learning_rate'], {})
-      of_rate[line['seed']] = line['loss'] if line['status'] == 'done' else math.inf
-  return found
+  @property
+  def latent(self) -> int | None:
+    return self.lines[0]['latent_dim']
 
 
 def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict[str, Any]:
-  """What frontier.json holds, from results.jsonl and windows.npz; arms by cache bytes.
+  """What frontier.json holds, from results.jsonl, windows.npz and looks.json; arms by cache bytes.
 
   `reference` is the arm that differences and the margin are taken against; '' takes the one with
-  the largest cache (of those the one with the lowest loss). Raises UserError if nothing is done or
-  the reference is not there. A number that the data does not give is None.
+  the largest cache of those without failures (of equals the one with the lowest loss). Raises
+  UserError if nothing is done or the reference is not there. A number that the data does not give
+  is None. The order of the lines plays no part.
   """
   path = folder / 'results.jsonl'
   lines = results.unlike(results.read_lines(path))
-  rates = _losses(lines)
-  if not rates:
+  lines.sort(key=lambda line: (line['arm'], line['learning_rate'], line['seed'], line['trial']))
+  arms = _arms(lines)
+  if not arms:
     raise UserError(f'{path}: holds no trial that is done; run the sweep first')
-  chosen = {arm: choose_rate(of_arm) for arm, of_arm in rates.items()}
-  losses: dict[str, stats.Sample] = {
-    arm: {seed: loss for seed, loss in rates[arm][chosen[arm]].items() if math.isfinite(loss)}
-    for arm in rates
-  }
-  used = [x for x in lines if x['status'] == 'done' and x['learning_rate'] == chosen[x['arm']]]
-  of = {arm: [line for line in used if line['arm'] == arm] for arm in losses}
-  sizes = {arm: of[arm][0]['kv_cache_bytes_per_token'] for arm in losses}
-  means = {arm: stats.estimate(list(losses[arm].values())) for arm in losses}
-  if reference and reference not in losses:
-    raise UserError(f'--reference={reference}: no such arm; choose one of {", ".join(losses)}')
-  reference = reference or min(losses, key=lambda arm: (-sizes[arm], means[arm].mean))
-  frontier = stats.on_frontier(losses, sizes)
-  windows = _window_means(folder, used)
-  arms = []
-  for arm in sorted(losses, key=lambda arm: (sizes[arm], means[arm].mean)):
-    first = of[arm][0]
-    tried = sorted(rates[arm])
-    against = stats.difference(losses[arm], losses[reference])
-    equals = [other for other in losses if sizes[other] == sizes[arm]]
-    best = min(equals, key=lambda other: means[other].mean)
-    behind = stats.difference(losses[arm], losses[best])
-    arms.append(
-      {
-        'arm': arm,
-        'attention': first['attention'],
-        'latent_dim': first['latent_dim'],
-        'fields': {k: v for k, v in first['fields'].items() if k not in ('seed', 'learning_rate')},
-        'kv_cache_bytes_per_token': sizes[arm],
-        'seeds': means[arm].seeds,
-        'mean_loss': means[arm].mean,
-        'half_width': _finite(means[arm].half_width),
-        'ci95': _bounds(means[arm]),
-        'seeds_for_width': stats.seeds_for_width(means[arm], WIDTH),
-        'mean_bits_per_byte': float(np.mean([line['bits_per_byte'] for line in of[arm]])),
-        'params_total': first['params_total'],
-        'params_non_embedding': first['params_non_embedding'],
-        'learning_rate': chosen[arm],
-        'learning_rates_tried': tried,
-        'learning_rate_at_edge': len(tried) > 1 and chosen[arm] in (tried[0], tried[-1]),
-        **results.costs_of(folder, first),
-        'tokens_per_second': _median(line['tokens_per_second'] for line in of[arm]),
-        'difference': None if against is None or arm == reference else _describe(against),
-        'best_of_equal_bytes': best,
-        'difference_at_equal_bytes': None if behind is None or arm == best else _describe(behind),
-        'difference_windows_half_width': _windows_half_width(windows, arm, reference),
-        'on_frontier': frontier[arm],
-        'failed': [x['trial'] for x in lines if x['arm'] == arm and x['status'] == 'failed'],
-      }
-    )
+  by_name = {arm.name: arm for arm in arms}
+  if reference and reference not in by_name:
+    raise UserError(f'--reference={reference}: no such arm; choose one of {", ".join(by_name)}')
+  base = (
+    by_name[reference]
+    if reference
+    else min(arms, key=lambda arm: (not arm.whole, arm.judged.tuned_on_itself, -arm.size))
+  )
+  done = [line for line in lines if line['status'] == 'done']
+  seeds = sorted({line['seed'] for line in done})
+  history, look = looks.history(
+    folder, {'seeds': seeds, 'trials': len(done), 'reference': base.name}
+  )
+  level = looks.level(look)
+  spot, verdicts = _sweet_spot(arms, base, margin, level), _on_frontier(arms, level)
+  equals, pairs = _at_equal_bytes(arms, level)
+  steps = _latent_steps(arms, level)
+  windows = _window_means(folder, arms)
   return {
-    'reference': reference,
+    'reference': base.name,
     'margin': margin,
-    'cache_dtype': used[0]['cache_dtype'],
-    'tokens_evaluated': used[0]['tokens_evaluated'],
-    'unlike_settings': _unlike_settings(used),
-    'sweet_spot': stats.sweet_spot(losses, sizes, reference, margin)._asdict(),
+    'cache_dtype': arms[0].lines[0]['cache_dtype'],
+    'tokens_evaluated': arms[0].lines[0]['tokens_evaluated'],
+    'unlike_settings': _unlike_settings([line for arm in arms for line in arm.lines]),
+    'look': look,
+    'look_level': level,
+    'looks': history,
+    'correlation': _correlation(arms),
+    'pairs_at_equal_bytes': pairs,
+    'latent_steps': len(steps),
+    'sweet_spot': spot._asdict(),
     'failed': [
       {'trial': line['trial'], 'error': line['error']} for line in lines if 'error' in line
     ],
-    'arms': arms,
+    'failed_arms': sorted({line['arm'] for line in lines} - by_name.keys()),
+    'arms': [
+      {
+        **_figures(arm, folder),
+        'difference': _against(arm, base, spot.level),
+        'difference_windows_half_width': _windows_half_width(windows, arm, base),
+        'on_frontier': verdicts[arm.name],
+        **equals[arm.name],
+        **steps.get(arm.name, {'smaller_latent': None, 'difference_to_smaller_latent': None}),
+      }
+      for arm in arms
+    ],
   }
 
 
-def _median(values: Iterable[float | None]) -> float | None:
-  known = [value for value in values if value is not None]
-  return middle.median(known) if known else None
+def _arms(lines: Sequence[Mapping[str, Any]]) -> list[Arm]:
+  """The arms of which some trial is done, by cache bytes, then by loss."""
+  found = []
+  by_arm = itertools.groupby(lines, key=lambda line: line['arm'])
+  of_arm = {name: list(group) for name, group in by_arm}
+  for name, rates in tuning.by_arm(lines).items():
+    judged = tuning.judge(rates)
+    used = [
+      line
+      for line in of_arm[name]
+      if line['status'] == 'done'
+      and line['learning_rate'] == judged.rate
+      and line['seed'] in judged.losses
+    ]
+    found.append(
+      Arm(
+        name,
+        used[0]['kv_cache_bytes_per_token'],
+        stats.estimate(list(judged.losses.values())),
+        judged,
+        sorted(rates),
+        used,
+        [line['trial'] for line in of_arm[name] if line['status'] == 'failed'],
+      )
+    )
+  return sorted(found, key=lambda arm: (arm.size, arm.mean.mean, arm.name))
+
+
+def _figures(arm: Arm, folder: Path) -> dict[str, Any]:
+  """What concerns one arm alone."""
+  first, judged = arm.lines[0], arm.judged
+  rates = (line['tokens_per_second'] for line in arm.lines)
+  speeds = [rate for rate in rates if rate is not None]
+  return {
+    'arm': arm.name,
+    'attention': first['attention'],
+    'latent_dim': arm.latent,
+    'fields': {k: v for k, v in first['fields'].items() if k not in ('seed', 'learning_rate')},
+    'kv_cache_bytes_per_token': arm.size,
+    'seeds': len(judged.losses),
+    'failed_seeds': judged.failed,
+    'tuning_seed': judged.tuning_seed,
+    'tuned_on_itself': judged.tuned_on_itself,
+    'losses': {str(seed): loss for seed, loss in judged.losses.items()},  # JSON's keys are strings
+    'mean_loss': arm.mean.mean,
+    'half_width': _finite(arm.mean.half_width()),
+    'ci95': _bounds(arm.mean, stats.LEVEL),
+    'seeds_for_width': stats.seeds_for_width(arm.mean, WIDTH),
+    'mean_bits_per_byte': float(np.mean([line['bits_per_byte'] for line in arm.lines])),
+    'params_total': first['params_total'],
+    'params_non_embedding': first['params_non_embedding'],
+    'learning_rate': judged.rate,
+    'learning_rates_tried': arm.tried,
+    'learning_rate_at_edge': len(arm.tried) > 1 and judged.rate in (arm.tried[0], arm.tried[-1]),
+    **results.costs_of(folder, first),
+    'tokens_per_second': middle.median(speeds) if speeds else None,
+    'failed': arm.failed,
+  }
+
+
+def _sweet_spot(arms: Sequence[Arm], base: Arm, margin: float, level: float) -> stats.SweetSpot:
+  means, sizes = _means(arms), {arm.name: arm.size for arm in arms}
+  if base.whole:
+    return stats.sweet_spot(means, sizes, base.name, margin, level)
+  smaller = [arm.name for arm in arms if arm.whole and arm.size < base.size]
+  return stats.SweetSpot(None, tuple(smaller), dict.fromkeys(smaller), level)
+
+
+def _on_frontier(arms: Sequence[Arm], level: float) -> dict[str, str]:
+  verdicts = stats.on_frontier(_means(arms), {arm.name: arm.size for arm in arms}, level)
+  for arm in arms:
+    if not arm.whole:
+      verdicts[arm.name] = 'no'
+    elif arm.judged.tuned_on_itself and verdicts[arm.name] == 'yes':  # it has no rivals
+      verdicts[arm.name] = 'uncertain'
+  return verdicts
+
+
+def _at_equal_bytes(arms: Sequence[Arm], level: float) -> tuple[dict[str, dict[str, Any]], int]:
+  """{arm: the best of its bytes and the difference to it}; and how many pairs share the level."""
+  groups = [list(group) for _, group in itertools.groupby(arms, key=lambda arm: arm.size)]
+  pairs = sum(math.comb(sum(arm.whole for arm in group), 2) for group in groups)
+  found = {}
+  for group in groups:
+    best = min(group, key=lambda arm: (not arm.whole, arm.mean.mean))
+    for arm in group:
+      found[arm.name] = {
+        'best_of_equal_bytes': best.name,
+        'difference_at_equal_bytes': _simultaneous(arm, best, level / max(1, pairs)),
+      }
+  return found, pairs
+
+
+def _latent_steps(arms: Sequence[Arm], level: float) -> dict[str, dict[str, Any]]:
+  """{arm with a latent: the one with the next smaller, and the difference to it}."""
+  latents = sorted(
+    (arm for arm in arms if arm.latent and arm.whole), key=lambda arm: (arm.latent, arm.size)
+  )
+  return {
+    arm.name: {
+      'smaller_latent': smaller.name,
+      'difference_to_smaller_latent': _simultaneous(arm, smaller, level / (len(latents) - 1)),
+    }
+    for smaller, arm in itertools.pairwise(latents)
+  }
+
+
+def _means(arms: Sequence[Arm]) -> dict[str, stats.Estimate]:
+  """Of the arms without failures: the others' are not finite, and need no comparing."""
+  return {arm.name: arm.mean for arm in arms if arm.whole}
+
+
+def _correlation(arms: Sequence[Arm]) -> dict[str, Any] | None:
+  found = stats.mean_correlation([arm.judged.losses for arm in arms if arm.whole])
+  return None if found is None else dict(zip(('mean', 'pairs', 'seeds'), found, strict=True))
+
+
+def _against(arm: Arm, base: Arm, level: float) -> dict[str, Any] | None:
+  """The difference to the reference: its interval, and its bounds among those of all arms."""
+  if arm.name == base.name or not (arm.whole and base.whole):
+    return None
+  d, smaller = stats.difference(arm.mean, base.mean), arm.size < base.size
+  return {
+    'mean': d.mean,
+    'degrees_of_freedom': d.freedom,
+    'ci95': _bounds(d, stats.LEVEL),
+    'one_sided_lower_95_simultaneous': _finite(d.lower(level)) if smaller else None,
+    'one_sided_upper_95_simultaneous': _finite(d.upper(level)) if smaller else None,
+  }
+
+
+def _simultaneous(arm: Arm, other: Arm, level: float) -> dict[str, Any] | None:
+  if arm.name == other.name or not (arm.whole and other.whole):
+    return None
+  d = stats.difference(arm.mean, other.mean)
+  return {
+    'mean': d.mean,
+    'degrees_of_freedom': d.freedom,
+    'ci95_simultaneous': _bounds(d, level),
+  }
+
+
+def _bounds(e: stats.Estimate, level: float) -> list[float] | None:
+  """The two-sided interval that misses the truth with chance `level`."""
+  half_width = e.half_width(level)
+  return [e.mean - half_width, e.mean + half_width] if math.isfinite(half_width) else None
+
+
+def _finite(value: float) -> float | None:
+  return value if math.isfinite(value) else None
 
 
 def _unlike_settings(lines: Sequence[Mapping[str, Any]]) -> dict[str, list]:
@@ -143,44 +275,28 @@ def _unlike_settings(lines: Sequence[Mapping[str, Any]]) -> dict[str, list]:
 
 
 def write_json(summary: Mapping[str, Any], path: Path) -> None:
-  path.write_text(json.dumps(summary, indent=2, allow_nan=False) + '\n')
+  files.write_whole(path, json.dumps(summary, indent=2, allow_nan=False) + '\n')
 
 
-def _describe(d: stats.Estimate) -> dict[str, Any]:
-  return {
-    'mean': d.mean,
-    'ci95': _bounds(d),
-    'upper_bound_95': _finite(stats.upper_bound(d)),
-    'seeds': d.seeds,
-  }
-
-
-def _bounds(e: stats.Estimate) -> list[float] | None:
-  return [e.low, e.high] if math.isfinite(e.half_width) else None
-
-
-def _finite(value: float) -> float | None:
-  return value if math.isfinite(value) else None
-
-
-def _window_means(folder: Path, lines: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
-  """{arm: {seed: loss of each window [W]}}"""
-  found: dict[str, dict[int, np.ndarray]] = {}
+def _window_means(folder: Path, arms: Sequence[Arm]) -> dict[str, np.ndarray]:
+  """{arm: mean loss of each window [W] over the seeds that judge it}, of the arms that have it."""
   stored = results.read_windows(folder / 'windows.npz')
-  for line in lines:
-    if line['trial'] in stored:
-      nll = stored[line['trial']]
-      per_window = line['tokens_evaluated'] / len(nll)
-      found.setdefault(line['arm'], {})[line['seed']] = nll / per_window
+  found = {}
+  for arm in arms:
+    seeds = [
+      stored[line['trial']] / (line['tokens_evaluated'] / len(stored[line['trial']]))
+      for line in arm.lines
+      if line['trial'] in stored
+    ]
+    if seeds and len({len(windows) for windows in seeds}) == 1:
+      found[arm.name] = np.mean(seeds, axis=0)
   return found
 
 
-def _windows_half_width(windows: dict[str, dict], arm: str, reference: str) -> float | None:
+def _windows_half_width(windows: Mapping[str, np.ndarray], arm: Arm, base: Arm) -> float | None:
   """1.96 standard errors, over windows, of the difference: how far another text would move it."""
-  shared = windows.get(arm, {}).keys() & windows.get(reference, {}).keys()
-  if arm == reference or not shared:
-    return None
-  if any(windows[arm][seed].shape != windows[reference][seed].shape for seed in shared):
+  ours, theirs = windows.get(arm.name), windows.get(base.name)
+  if arm.name == base.name or ours is None or theirs is None or ours.shape != theirs.shape:
     return None  # other windows, for seq_len differs
-  d = np.mean([windows[arm][seed] - windows[reference][seed] for seed in shared], axis=0)
+  d = ours - theirs
   return float(1.96 * np.std(d, ddof=1) / math.sqrt(len(d))) if len(d) > 1 else None

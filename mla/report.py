@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mla import frontier, plots
+from mla import files, frontier, looks, plots
 
 GIB, MIB = 2**30, 2**20
 CONTEXT = 8192  # tokens of a conversation, for users per GiB
@@ -51,11 +51,15 @@ def columns(rows: Sequence[Sequence[str]], words: set[int]) -> str:
 
 
 def write(folder: Path, reference: str = '', margin: float = frontier.MARGIN) -> str:
-  """frontier.json, frontier.png and report.md of a sweep; returns the table for the terminal."""
+  """frontier.json, frontier.png and report.md of a sweep; returns the table for the terminal.
+
+  If the results are new, this is a look at them, which is recorded first (mla/looks.py).
+  """
   summary = frontier.summarise(folder, reference, margin)
+  looks.record(folder, summary['looks'])
   frontier.write_json(summary, folder / 'frontier.json')
   plots.save(plots.frontier, folder / 'frontier.png', summary)
-  (folder / 'report.md').write_text(written(summary))
+  files.write_whole(folder / 'report.md', written(summary))
   told = [verdict(summary), *warnings(summary), f'written: {folder / "report.md"}']
   return '\n'.join([frontier_table(summary), *told])
 
@@ -63,7 +67,7 @@ def write(folder: Path, reference: str = '', margin: float = frontier.MARGIN) ->
 def frontier_table(summary: Mapping[str, Any]) -> str:
   """A line an arm, by cache bytes, for the terminal."""
   heads, rows = _frontier_rows(summary)
-  return columns([heads, *rows], words={0, 8})
+  return columns([heads, *rows], words={0, 9})
 
 
 def written(summary: Mapping[str, Any]) -> str:
@@ -72,18 +76,22 @@ def written(summary: Mapping[str, Any]) -> str:
     '# Sweep report',
     f'Loss is in nats a token, read through a {summary["cache_dtype"]} cache on '
     f'{summary["tokens_evaluated"]:,} validation targets, the same for every trial unless a '
-    "warning says otherwise. Intervals are Student's t, 95 %, over seeds. *d* is the difference "
-    f'from the reference `{summary["reference"]}`, paired by seed.',
+    'warning says otherwise. *d* is the difference from the reference '
+    f'`{summary["reference"]}`.',
     verdict(summary),
     '\n'.join(f'- {warning}' for warning in warnings(summary)),
     '![frontier](frontier.png)',
     '## The frontier',
-    'On it: no arm of as few bytes has a lower loss. *uncertain*: some pair cannot be told apart. '
-    'The confidence is 95 % for each pair, not for all pairs together. The seed on which learning '
-    'rates were compared counts like the others, so its loss is a little too good.',
+    'On it: no arm of as few bytes has a lower loss. *yes*: better than each of them; *no*: worse '
+    'than some; *uncertain*: the data cannot tell. The verdicts hold with 95 % confidence, '
+    'simultaneously. The smallest arm has no rival.',
     markdown(*_frontier_rows(summary)),
-    '*text* is 1.96 standard errors of *d* over evaluation windows: what another text would move, '
-    'which more seeds do not lessen.',
+    _starred(summary),
+    '*+/-* is the arm by itself, *d* the pair by itself, both two-sided. *d at most* is one-sided, '
+    'and the whole column holds with 95 % confidence. *text* is 1.96 standard errors of *d* over '
+    'evaluation windows: what another text would move, which more seeds do not lessen.',
+    '## How it is judged',
+    *_rules(summary),
     '## At equal bytes',
     _equal_bytes(summary),
     '## latent_dim as the knob',
@@ -104,12 +112,58 @@ def written(summary: Mapping[str, Any]) -> str:
   return '\n\n'.join(part for part in parts if part) + '\n'
 
 
+def _rules(summary: Mapping[str, Any]) -> list[str]:
+  """How the figures came about, with those of this sweep."""
+  tuned = sorted({a['tuning_seed'] for a in summary['arms'] if a['tuning_seed'] is not None})
+  found = []
+  if tuned:
+    found.append(
+      "An arm's learning rate is the best with its tuning seed "
+      f'({", ".join(map(str, tuned))}), which then does not count: losses are means over the other '
+      'seeds (mla/tuning.py).'
+    )
+  correlation = summary['correlation']
+  found.append(
+    'Differences are of independent samples (Welch), not paired by seed: '
+    + (
+      'too few seeds are common to the arms to measure how much luck they share.'
+      if correlation is None
+      else f'the mean correlation of two arms over seeds is {correlation["mean"]:.2f} '
+      f'({correlation["pairs"]} pairs, {correlation["seeds"]} seeds). Were it high, the intervals '
+      'would be too wide (mla/statistics.py).'
+    )
+  )
+  counts = ', '.join(str(len(look['seeds'])) for look in summary['looks'])
+  found.append(
+    f'This is look {summary["look"]} at the sweep (so far after {counts} seeds). It may '
+    f'err with {summary["look_level"]:.4g}, so that all looks together err with at most '
+    f'{looks.TOTAL} (mla/looks.py). What is called simultaneous shares that in equal parts '
+    '(Bonferroni): the bounds against the reference, the verdicts on the frontier, the pairs of '
+    'equal bytes, and the steps of the latent, each of the four by itself.'
+  )
+  return found
+
+
+def _starred(summary: Mapping[str, Any]) -> str:
+  if not any(arm['failed_seeds'] or arm['tuned_on_itself'] for arm in summary['arms']):
+    return ''
+  return (
+    '\\* no fair mean: over the seeds that finished where others failed, or the loss that chose '
+    'the learning rate where no other seed finished.'
+  )
+
+
 def verdict(summary: Mapping[str, Any]) -> str:
   """The sweet spot in words, or that the data cannot tell."""
   arms = {arm['arm']: arm for arm in summary['arms']}
   reference, margin = summary['reference'], summary['margin']
   spot, undecided = summary['sweet_spot']['arm'], summary['sweet_spot']['undecided']
   most = arms[reference]['kv_cache_bytes_per_token']
+  if arms[reference]['failed_seeds']:
+    return (
+      f'Sweet spot: none, for seeds of the reference {reference} failed, and there is no loss to '
+      'keep within a margin of.'
+    )
   if spot is None:
     text = (
       'Sweet spot: the data cannot tell whether any smaller cache is within '
@@ -119,18 +173,18 @@ def verdict(summary: Mapping[str, Any]) -> str:
     text = f'Sweet spot: no smaller cache is within {margin} nats of {reference}.'
   else:
     size = arms[spot]['kv_cache_bytes_per_token']
-    bound = arms[spot]['difference']['upper_bound_95']
+    bound = arms[spot]['difference']['one_sided_upper_95_simultaneous']
     text = (
       f'Sweet spot: {spot}, {size:,.0f} bytes a token ({most / size:.1f} times less than '
-      f'{reference}), is the smallest cache within {margin} nats of {reference} with 95 % '
-      f'confidence (it loses at most {bound:.4f}).'
+      f'{reference}), is the smallest cache shown to be within {margin} nats of {reference}: it '
+      f'loses at most {bound:.4f} (one-sided 95 %, simultaneous over arms and looks).'
     )
   if undecided:
     seeds = summary['sweet_spot']['seeds_in_all']
     named = ', '.join(f'{arm} ({seeds[arm] or "no number"})' for arm in undecided)
     text += (
-      ' Undecided among smaller caches, and how many seeds in all would tell on which side of the '
-      f'margin each lies, if its mean and spread stay: {named}.'
+      ' Undecided among smaller caches, and how many judging seeds in all would tell on which side '
+      f'of the margin each lies, if its mean and spread stay: {named}.'
     )
   return text
 
@@ -138,18 +192,35 @@ def verdict(summary: Mapping[str, Any]) -> str:
 def warnings(summary: Mapping[str, Any]) -> list[str]:
   """What a reader must know before believing the table."""
   found = [f'failed: {failed["trial"]}: {failed["error"]}' for failed in summary['failed']]
+  found += [f'{arm}: none of its trials finished' for arm in summary['failed_arms']]
   for arm in summary['arms']:
-    tried = arm['learning_rates_tried']
+    name, tried = arm['arm'], arm['learning_rates_tried']
     if arm['learning_rate_at_edge']:
       found.append(
-        f'{arm["arm"]}: its best learning rate, {arm["learning_rate"]:g}, is an edge of those tried'
+        f'{name}: its best learning rate, {arm["learning_rate"]:g}, is an edge of those tried'
       )
     elif len(tried) < 3:
-      found.append(f'{arm["arm"]}: {len(tried)} learning rate tried; three or more make it fair')
-    if arm['half_width'] is None:
-      found.append(f'{arm["arm"]}: one seed, so no interval')
+      found.append(
+        f'{name}: {len(tried)} learning rate{"s"[: len(tried) - 1]} tried; three or more make it '
+        'fair'
+      )
+    if arm['failed_seeds']:
+      found.append(
+        f'{name}: {_finished(arm)} seeds finished; an arm that fails is neither on the frontier '
+        'nor the sweet spot'
+      )
+    if arm['tuned_on_itself']:
+      found.append(
+        f'{name}: tuned on itself: only the seed that chose its learning rate finished, so '
+        'its loss is too good and nothing is decided by it'
+      )
+    elif arm['half_width'] is None:
+      found.append(f'{name}: one seed, so no interval')
     if 'costs_unknown' in arm:
-      found.append(f'{arm["arm"]}: what its training costs is not known ({arm["costs_unknown"]})')
+      found.append(f'{name}: what its training costs is not known ({arm["costs_unknown"]})')
+  two = [arm['arm'] for arm in summary['arms'] if arm['seeds'] == 2]
+  if two:
+    found.append(f'an interval over two seeds says little: {", ".join(two)}')
   for name, values in summary['unlike_settings'].items():
     told = ', '.join(map(str, values))
     found.append(f'{name} differs between trials that no arm sets it for: {told}')
@@ -166,8 +237,8 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
   ]
   if wide:
     found.append(
-      f'half-widths above {frontier.WIDTH} nats, because the seeds spread that far, and how many '
-      f'seeds of such a spread would bring them there: {", ".join(wide)}'
+      f'two-sided 95 % half-widths above {frontier.WIDTH} nats, because the seeds spread that far, '
+      f'and how many seeds of such a spread would bring them there: {", ".join(wide)}'
     )
   return found
 
@@ -185,35 +256,56 @@ def _number(value: float | None, form: str = '.4f') -> str:
   return '-' if value is None else format(value, form)
 
 
-def _ratio(value: float | None, unit: float | None) -> float | None:
-  return None if value is None or unit is None else value / unit
-
-
-def _difference(d: Mapping[str, Any] | None) -> str:
+def _interval(d: Mapping[str, Any] | None, which: str) -> str:
+  """A difference with its interval `which`."""
   if d is None:
     return '-'
-  if d['ci95'] is None:
+  if d[which] is None:
     return f'{d["mean"]:+.4f}'
-  return f'{d["mean"]:+.4f} ({d["ci95"][0]:+.4f} to {d["ci95"][1]:+.4f})'
+  return f'{d["mean"]:+.4f} ({d[which][0]:+.4f} to {d[which][1]:+.4f})'
+
+
+def _finished(arm: Mapping[str, Any]) -> str:
+  """How many of the seeds that judge an arm finished."""
+  finished = 0 if arm['tuned_on_itself'] else arm['seeds']
+  failed = len(arm['failed_seeds'])
+  return f'{finished} of {finished + failed}' if failed else str(finished)
+
+
+def _loss(arm: Mapping[str, Any]) -> str:
+  star = '*' if arm['failed_seeds'] or arm['tuned_on_itself'] else ''
+  return f'{arm["mean_loss"]:.4f}{star}'
 
 
 def _frontier_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-  heads = 'arm, bytes/token, loss, 95 % +/-, seeds, learning rate, d (95 %), text +/-, on frontier'
+  heads = [
+    'arm',
+    'bytes/token',
+    'loss',
+    '+/- (95 %, two-sided)',
+    'seeds',
+    'learning rate',
+    'd (95 %, two-sided)',
+    'd at most (95 %, one-sided, simultaneous)',
+    'text +/- (95 %, two-sided)',
+    'on frontier',
+  ]
   rows = [
     [
       arm['arm'],
       f'{arm["kv_cache_bytes_per_token"]:,.0f}',
-      f'{arm["mean_loss"]:.4f}',
+      _loss(arm),
       _number(arm['half_width']),
-      str(arm['seeds']),
+      _finished(arm),
       f'{arm["learning_rate"]:g}',
-      _difference(arm['difference']),
+      _interval(arm['difference'], 'ci95'),
+      _number((arm['difference'] or {}).get('one_sided_upper_95_simultaneous'), '+.4f'),
       _number(arm['difference_windows_half_width']),
       arm['on_frontier'],
     ]
     for arm in summary['arms']
   ]
-  return heads.split(', '), rows
+  return heads, rows
 
 
 def _equal_bytes(summary: Mapping[str, Any]) -> str:
@@ -221,68 +313,78 @@ def _equal_bytes(summary: Mapping[str, Any]) -> str:
   rows = []
   for size in sorted({arm['kv_cache_bytes_per_token'] for arm in summary['arms']}):
     group = [arm for arm in summary['arms'] if arm['kv_cache_bytes_per_token'] == size]
+    group.sort(key=lambda arm: bool(arm['failed_seeds']))
     for arm in group if len(group) > 1 else []:
       rows.append([
         f'{size:,.0f}',
         arm['arm'],
-        f'{arm["mean_loss"]:.4f}',
+        _loss(arm),
         _number(arm['half_width']),
-        _difference(arm['difference']),
-        _difference(arm['difference_at_equal_bytes']),
+        _interval(arm['difference_at_equal_bytes'], 'ci95_simultaneous'),
       ])  # fmt: skip
   if not rows:
     return 'No two arms have the same bytes.'
-  return markdown(
-    ['bytes/token', 'arm', 'loss', '95 % +/-', 'd (95 %)', 'to the best here (95 %)'], rows
-  )
+  pairs = summary['pairs_at_equal_bytes']
+  heads = ['bytes/token', 'arm', 'loss', '+/- (95 %, two-sided)', _simultaneous('the best', pairs)]
+  return markdown(heads, rows)
 
 
 def _latents(summary: Mapping[str, Any]) -> str:
   arms = [arm for arm in summary['arms'] if arm['latent_dim']]
   if len(arms) < 2:
     return 'Fewer than two latents in this sweep.'
-  arms = sorted(arms, key=lambda arm: (arm['latent_dim'], arm['kv_cache_bytes_per_token']))
+  arms = sorted(  # those that failed last: no difference is taken to them
+    arms,
+    key=lambda a: (bool(a['failed_seeds']), a['latent_dim'], a['kv_cache_bytes_per_token']),
+  )
   rows = [
     [
       str(arm['latent_dim']),
       arm['arm'],
       f'{arm["kv_cache_bytes_per_token"]:,.0f}',
-      f'{arm["mean_loss"]:.4f}',
-      _difference(arm['difference']),
+      _loss(arm),
+      _number(arm['half_width']),
+      _interval(arm['difference_to_smaller_latent'], 'ci95_simultaneous'),
     ]
     for arm in arms
   ]
-  return markdown(['latent_dim', 'arm', 'bytes/token', 'loss', 'd (95 %)'], rows)
+  to = _simultaneous('the row above', summary['latent_steps'])
+  return markdown(['latent_dim', 'arm', 'bytes/token', 'loss', '+/- (95 %, two-sided)', to], rows)
+
+
+def _simultaneous(other: str, pairs: int) -> str:
+  return f'difference to {other} (95 %, two-sided, simultaneous over {pairs} pairs)'
 
 
 def _compute(summary: Mapping[str, Any]) -> str:
   reference = next(arm for arm in summary['arms'] if arm['arm'] == summary['reference'])
-  rows = [
-    [
+  base = reference['flops_per_token']
+  rows = []
+  for arm in summary['arms']:
+    flops = arm['flops_per_token']
+    rows.append([
       arm['arm'],
       f'{arm["params_non_embedding"]:,}',
-      _number(_ratio(arm['flops_per_token'], 1e6), '.2f'),
-      _number(_ratio(arm['flops_per_token'], reference['flops_per_token']), '.3f'),
+      _number(flops and flops / 1e6, '.2f'),
+      _number(flops / base if flops and base else None, '.3f'),
       _number(arm['tokens_per_second'], ',.0f'),
-    ]
-    for arm in summary['arms']
-  ]
+    ])  # fmt: skip
   heads = ['arm', 'params', 'MFLOPs/token', f'of {summary["reference"]}', 'tokens/s']
   return markdown(heads, rows)
 
 
 def _training_memory(summary: Mapping[str, Any]) -> str:
-  rows = [
-    [
+  rows = []
+  for arm in summary['arms']:
+    memory = arm['training_memory']
+    rows.append([
       arm['arm'],
       *(
-        _number(arm['training_memory'] and arm['training_memory'][remat][what] / MIB, '.1f')
+        _number(memory and memory[remat][what] / MIB, '.1f')
         for what in ('activation_bytes', 'peak_bytes')
         for remat in ('none', 'latents')
       ),
-    ]
-    for arm in summary['arms']
-  ]
+    ])  # fmt: skip
   heads = [
     'arm',
     'activations, MiB',

@@ -2,7 +2,7 @@
 
 DIR/trials/NAME/   a trial's workdir, as train.py leaves it; logs/NAME.txt what it printed
 DIR/results.jsonl, windows.npz, costs/   what came out, see mla/results.py
-DIR/frontier.json, frontier.png, report.md
+DIR/frontier.json, frontier.png, report.md; looks.json how often results were looked at
 DIR/ray/, starts/  what the Ray engine keeps; .lock the lease
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mla import cost, files, frontier, metrics
+from mla import cost, files, metrics, tuning
 from mla.data.pipeline import load_data
 from mla.errors import Diverged, MachineError, UserError, first_line
 from mla.evaluate import score_run
@@ -68,9 +68,9 @@ def run_sweep(
 ) -> list[dict[str, Any]]:
   """Runs what results.jsonl lacks; returns the trials' lines, failed ones among them.
 
-  With tune_on_first_seed, every learning rate runs with the first seed only, and each arm's best
-  with the others. Raises UserError if another sweep runs in the folder, or if a result there is
-  damaged or of another config; Stopped on SIGTERM or Ctrl-C.
+  With tune_on_first_seed, every learning rate runs with one seed only, the lowest, and each arm's
+  best with the others. Raises UserError if another sweep runs in the folder, or if a result there
+  is damaged or of another config; Stopped on SIGTERM or Ctrl-C.
   """
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,9 +83,10 @@ def run_sweep(
     trials = results.settle(trials)
     results.rename_arms(trials)
     if tune_on_first_seed:
-      stages = _two_stages(trials, results)
+      first = _tuning_stage(trials, results)
+      stages = _two_stages(first, trials, results)
       arms, seeds = ({getattr(t, n) for t in trials} for n in ('arm', 'seed'))
-      total = len(_first_seed(trials)) + len(arms) * (len(seeds) - 1)
+      total = len(first) + len(arms) * (len(seeds) - 1)
     else:
       stages, total = iter([list(trials)]), len(trials)
     progress = Progress(total, say)
@@ -113,16 +114,22 @@ def missing(trials: Sequence[Trial], folder: Path) -> list[Trial]:
   return [trial for trial in results.settle(trials) if not results.has(trial)]
 
 
-def _first_seed(trials: Sequence[Trial]) -> list[Trial]:
-  return [trial for trial in trials if trial.seed == trials[0].seed]
+def _tuning_stage(trials: Sequence[Trial], results: Results) -> list[Trial]:
+  """Those with each arm's tuning seed: the one that has tuned it here before, else the lowest."""
+  lowest = min(trial.seed for trial in trials)
+  rates = tuning.by_arm(results.of(trials))
+  seeds = {arm: tuning.tuning_seed(of_arm) for arm, of_arm in rates.items()}
+  return [trial for trial in trials if trial.seed == seeds.get(trial.arm, lowest)]
 
 
-def _two_stages(trials: Sequence[Trial], results: Results) -> Iterator[list[Trial]]:
-  """Every learning rate with the first seed; then, of each arm, the best with the other seeds."""
-  first = _first_seed(trials)
-  yield first
-  best = frontier.best_learning_rates(results.of(first))
-  rest = [trial for trial in trials if trial.seed != trials[0].seed]
+def _two_stages(
+  first: Sequence[Trial], trials: Sequence[Trial], results: Results
+) -> Iterator[list[Trial]]:
+  """Every learning rate with the tuning seed; then, of each arm, the best with the other seeds."""
+  yield list(first)
+  best = {arm: tuning.judge(of).rate for arm, of in tuning.by_arm(results.of(trials)).items()}
+  tuned = {trial.name for trial in first}
+  rest = [trial for trial in trials if trial.name not in tuned]
   yield [trial for trial in rest if best.get(trial.arm) == trial.learning_rate]
 
 

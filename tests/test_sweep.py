@@ -222,23 +222,9 @@ def test_tuning_takes_the_best_rate_to_the_other_seeds(tmp_path):
   summary = frontier.summarise(tmp_path)
   assert [arm['learning_rate'] for arm in summary['arms']] == [2e-3, 3e-3]
   assert [arm['learning_rate_at_edge'] for arm in summary['arms']] == [False, True]
-  assert [arm['seeds'] for arm in summary['arms']] == [3, 3]
+  assert [arm['seeds'] for arm in summary['arms']] == [2, 2]  # the one that tuned does not judge
   assert any('b: its best learning rate, 0.003, is an edge' in w for w in report.warnings(summary))
   assert not any(w.startswith('a:') for w in report.warnings(summary))
-
-
-def test_a_rate_that_failed_with_some_seed_is_not_the_best():
-  def ended(trial) -> dict:
-    if trial.learning_rate == 3e-3 and trial.seed > 0:
-      return sweep.failed_line(trial, 'the loss is no longer finite')
-    return fake_line(trial, {'a': 3e-3, 'b': 2e-3})
-
-  lines = [ended(trial) for trial in some_trials()]
-  assert frontier.best_learning_rates(lines) == {'a': 2e-3, 'b': 2e-3}
-  diverged_everywhere = [
-    line if line['learning_rate'] < 3e-3 else {**line, 'status': 'failed'} for line in lines
-  ]
-  assert frontier.best_learning_rates(diverged_everywhere) == {'a': 2e-3, 'b': 2e-3}
 
 
 def test_a_rate_that_diverged_was_tried(tmp_path):

@@ -1,0 +1,62 @@
+"""Which learning rate an arm takes, and which seeds then judge it.
+
+**Tuned on one seed, judged on the others.** An arm's tuning seed is the one with which most of its
+learning rates ran (of those with which any finished; of several the lowest). Its rate is the one
+whose loss is lowest there, where a failed trial is an infinite loss, and of equals the lower rate.
+That seed then does not count: whatever chooses a rate makes its own loss look good. So the arm's
+mean is over its other seeds with that rate, also where all rates ran with all seeds: there too one
+seed chooses, for with two every further one would be lost to judging. An arm with a single rate
+has tuned nothing, and all its seeds count. The order of flags and of results plays no part.
+
+**Failures count.** A judged seed that failed is listed, and never just left out of a mean.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from mla import statistics as stats
+
+Rates = Mapping[float, stats.Sample]  # {learning rate: {seed: loss}} of an arm; failed: inf
+
+
+class Judged(NamedTuple):
+  """What an arm is judged by."""
+
+  rate: float
+  tuning_seed: int | None  # None: a single rate, so nothing was tuned
+  losses: dict[int, float]  # that its mean is over, by seed
+  failed: list[int]  # judged seeds that failed
+  tuned_on_itself: bool  # no judged seed finished: the one loss is the tuning seed's
+
+
+def judge(rates: Rates) -> Judged:
+  """Chooses an arm's learning rate and takes the seeds that did not choose it."""
+  seed = tuning_seed(rates)
+  rate = min((sample[seed], rate) for rate, sample in rates.items() if seed in sample)[1]
+  tuning = seed if len(rates) > 1 else None
+  judged = {s: loss for s, loss in sorted(rates[rate].items()) if s != tuning}
+  finished = {s: loss for s, loss in judged.items() if math.isfinite(loss)}
+  failed = [s for s in judged if s not in finished]
+  losses = finished or {seed: rates[rate][seed]}
+  return Judged(rate, tuning, losses, failed, tuned_on_itself=not finished)
+
+
+def tuning_seed(rates: Rates) -> int:
+  """The seed that chooses an arm's rate; some trial of it must have finished."""
+  ran = [seed for sample in rates.values() for seed in sample]
+  finished = {s for sample in rates.values() for s, loss in sample.items() if math.isfinite(loss)}
+  return max(finished, key=lambda seed: (ran.count(seed), -seed))
+
+
+def by_arm(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[float, dict[int, float]]]:
+  """{arm: {learning rate: {seed: loss}}} of the arms of which some trial is done; failed: inf."""
+  found: dict[str, dict[float, dict[int, float]]] = {}
+  for line in lines:
+    sample = found.setdefault(line['arm'], {}).setdefault(line['learning_rate'], {})
+    sample[line['seed']] = line['loss'] if line['status'] == 'done' else math.inf
+  return {
+    arm: rates
+    for arm, rates in found.items()
+    if any(math.isfinite(loss) for sample in rates.values() for loss in sample.values())
+  }
