@@ -1,10 +1,10 @@
-# make install | train | test | test-interop | test-sweep | bench. Each sets up what it needs; PYTHON=... chooses the interpreter, VENV=... the folder.
+# make install | train | test | test-interop | test-sweep | test-fuzz | bench. Each sets up what it needs; PYTHON=... chooses the interpreter, VENV=... the folder.
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 BIN = $(VENV)/bin
 
-.PHONY: install train test test-interop test-sweep bench
+.PHONY: install train test test-interop test-sweep test-fuzz bench
 
 install: $(VENV)/.installed
 
@@ -27,7 +27,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --ignore=tests/test_ray_engine.py
+	$(BIN)/python -m pytest --ignore=tests/test_ray_engine.py --ignore=tests/test_fuzz.py
 
 # The peers: transformers on torch. On Linux plain torch brings CUDA along; install a CPU build first to avoid that.
 $(VENV)/.installed-bench: $(VENV)/.installed
@@ -43,6 +43,10 @@ $(VENV)/.installed-sweep: $(VENV)/.installed
 # One at a time: each starts a cluster.
 test-sweep: $(VENV)/.installed-sweep
 	$(BIN)/python -m pytest -n 0 tests/test_ray_engine.py
+
+# Two hundred kinds of hostile input and damage, from one seed.
+test-fuzz: install
+	$(BIN)/python -m pytest tests/test_fuzz.py
 
 test-interop: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest tests/test_interop.py

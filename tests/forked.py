@@ -1,11 +1,13 @@
 """Runs the entry points many times at the price of one start: imports once, then forks.
 
 Reads a line of JSON a command from stdin, {"argv": [...]}, and answers with one,
-{"code", "out", "err"}. JAX starts in the children only; forking it once it runs is not safe.
+{"code", "out", "err", "rss"}, rss being its memory in bytes. JAX starts in the children only:
+forking it once it runs is not safe.
 """
 
 import json
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -15,15 +17,18 @@ import traceback
 import mla.cli  # noqa: F401
 import mla.evaluate  # noqa: F401
 import mla.report  # noqa: F401
+import mla.sweep  # noqa: F401
 import mla.train  # noqa: F401
 
 TIMEOUT = 60  # seconds
+MOST_MEMORY = 12 * 2**30  # bytes of addresses, so that a runaway ends alone
 
 
 def child(argv: list[str], out: int, err: int) -> None:
   os.dup2(out, 1)
   os.dup2(err, 2)
   signal.alarm(TIMEOUT)
+  resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
   sys.argv = argv
   code = 0
   try:
@@ -43,8 +48,13 @@ for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
       child(json.loads(line)['argv'], out.fileno(), err.fileno())
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    _, status, usage = os.wait4(pid, 0)
     out.seek(0)
     err.seek(0)
-    answer = {'code': code, 'out': out.read().decode(), 'err': err.read().decode()}
+    answer = {
+      'code': os.waitstatus_to_exitcode(status),
+      'out': out.read().decode(),
+      'err': err.read().decode(),
+      'rss': usage.ru_maxrss * 1024,
+    }
     print(json.dumps(answer), flush=True)
