@@ -3,15 +3,19 @@
 SHA256SUMS is what `sha256sum --check SHA256SUMS` reads, with a first line that counts the others.
 """
 
+import errno
 import hashlib
 import os
 import re
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
 
 from mla import files
 
 NAME = 'SHA256SUMS'
+# What the system says where there is nothing, or what is no file: a folder, a link, a pipe.
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EINVAL)
 
 
 def write(folder: Path, parts: Iterable[str]) -> None:
@@ -32,13 +36,16 @@ def difference(folder: Path, parts: Iterable[str]) -> str | None:
   """
   wanted = tuple(f'{part}/' for part in parts)
   try:
-    lines = (folder / NAME).read_bytes().decode(errors='replace').split('\n')
+    with _open(folder / NAME) as file:
+      lines = file.read().decode(errors='replace').split('\n')
   except FileNotFoundError:
     for part in wanted:
       for path in _files_below(folder / part):
         _sum(path)
     return None
-  except IsADirectoryError:
+  except OSError as error:
+    if error.errno not in NO_FILE:
+      raise
     return f'{NAME} is no file'
   if lines[0] != f'# {len(lines) - 2} files' or lines[-1]:
     return f'{NAME} is not whole'
@@ -50,9 +57,11 @@ def difference(folder: Path, parts: Iterable[str]) -> str | None:
     if not name.startswith(wanted):
       continue
     try:
-      if (folder / name).is_symlink() or _sum(folder / name) != total:
+      if _sum(folder / name) != total:
         return f'{name} differs from its checksum'
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except OSError as error:
+      if error.errno not in NO_FILE:
+        raise
       return f'{name} is missing'
   return None
 
@@ -70,5 +79,9 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _sum(path: Path) -> str:
-  with path.open('rb') as file:
+  with _open(path) as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _open(path: Path) -> BufferedReader:
+  return os.fdopen(files.open_regular(path, os.O_RDONLY), 'rb')

@@ -112,15 +112,24 @@ def write_whole(path: Path, content: bytes | str) -> None:
     raise
 
 
-def append(path: Path) -> TextIO:
-  """Opens a file to write at its end, and makes it; OSError if it is a link, or no regular file."""
-  # O_NONBLOCK: a pipe that nobody reads is refused instead of waited for.
-  flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-  descriptor = os.open(path, flags, 0o666)
+def open_regular(path: Path, flags: int) -> int:
+  """A descriptor; OSError if the path is a link, or no regular file."""
+  # O_NONBLOCK: a pipe is refused instead of waited for.
+  descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
   if not stat.S_ISREG(os.fstat(descriptor).st_mode):
     os.close(descriptor)
     raise OSError(errno.EINVAL, 'is not a regular file')
-  return os.fdopen(descriptor, 'a', encoding='utf-8', errors='backslashreplace')
+  return descriptor
+
+
+def open_to_append(path: Path) -> int:
+  """A descriptor that writes at the file's end, which is made if need be; as open_regular."""
+  return open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+
+def append(path: Path) -> TextIO:
+  """open_to_append as text; a character that UTF-8 has no bytes for is written out."""
+  return os.fdopen(open_to_append(path), 'a', encoding='utf-8', errors='backslashreplace')
 
 
 def is_draft(path: Path) -> bool:

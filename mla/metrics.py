@@ -32,7 +32,7 @@ class Metrics:
     self.total = total
     _drop_after(self.path, start)
     try:
-      self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+      self._file = files.open_to_append(self.path)
     except OSError as error:
       raise files.cannot(f'{self.path}: cannot be written', error, CURE) from error
     self._board = Board(workdir / 'tensorboard', start)
@@ -154,19 +154,19 @@ class NoMetrics:
     pass
 
 
-def read(path: Path, key: str = 'step') -> list[dict]:
-  """The whole lines of a metrics.jsonl, or of another file whose lines all have `key`.
+def read(path: Path) -> list[dict]:
+  """The whole lines of a metrics.jsonl.
 
   A last line cut short by a kill is left out; so is, with a warning, one that is broken. UserError
   if the file can't be read.
   """
-  lines, broken = _read(path, key)
+  lines, broken = _read(path)
   if broken:
     logging.warning('%s: %d broken lines are left out, line %d first', path, len(broken), broken[0])
   return lines
 
 
-def _read(path: Path, key: str) -> tuple[list[dict], list[int]]:
+def _read(path: Path) -> tuple[list[dict], list[int]]:
   """The whole lines, and the numbers of those that are broken."""
   lines, broken = [], []
   raw = files.read_bytes(path, CURE).split(b'\n')
@@ -175,7 +175,7 @@ def _read(path: Path, key: str) -> tuple[list[dict], list[int]]:
       line = json.loads(part.decode())
     except (ValueError, RecursionError):
       line = None
-    if isinstance(line, dict) and key in line and (key != 'step' or type(line[key]) is int):
+    if isinstance(line, dict) and type(line.get('step')) is int:
       lines.append(line)
     elif part and number < len(raw):  # what follows the last line's end may be cut short
       broken.append(number)
@@ -186,7 +186,7 @@ def _drop_after(path: Path, step: int) -> None:
   """Leaves the lines up to a step. What was broken stays in a copy, for somebody to look at."""
   if not os.path.lexists(path):
     return
-  lines, broken = _read(path, 'step')
+  lines, broken = _read(path)
   try:
     if broken:
       copy = files.unused(path.with_name('metrics-damaged.jsonl'))

@@ -1,12 +1,15 @@
 """Pictures. Colours from Okabe and Ito's palette, told apart with any colour vision; the marker
 says the attention again in print. Bytes are on a log scale. Each function draws on given axes."""
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from mla import files
 
 STYLES = {
   'mha': ('#000000', 's'),
@@ -22,7 +25,9 @@ def save(draw: Callable[..., None], path: Path, *args) -> None:
   """Draws on new axes and writes the file, whose ending says the format; needs no display."""
   figure = Figure(figsize=(6.4, 4.2), layout='constrained')
   draw(figure.subplots(), *args)
-  figure.savefig(path, dpi=150)
+  picture = io.BytesIO()
+  figure.savefig(picture, dpi=150, format=path.suffix[1:])
+  files.write_whole(path, picture.getvalue())
 
 
 def perplexity(axes: Axes, runs: Sequence[Mapping[str, Any]]) -> None:

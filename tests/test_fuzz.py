@@ -274,7 +274,8 @@ def test_a_damaged_sweep_is_reported_rightly_or_not(case, places, runner, elsewh
 
 
 NUMBERS = (
-  '0 -1 1 2 3 7 0.5 1e3 100000 30000000 1e39 1e-46 nan inf -inf 2147483647 2147483648 99999999999999999999 True'
+  '0 -1 1 2 3 7 0.5 1e3 100000 30000000 1e39 1e-46 nan inf -inf 2147483647 2147483648 '
+  '99999999999999999999 True'
 ).split()
 WORDS = [
   '',
