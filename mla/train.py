@@ -221,7 +221,8 @@ def train_step(
     zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), jnp.float32), state.params))
     (loss, grads), _ = jax.lax.scan(micro_step, zeros, micro)
     loss, grads = jax.tree.map(lambda total: total / config.accumulation_steps, (loss, grads))
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  with jax.numpy_dtype_promotion('standard'):  # which optax counts on
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   measured = {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
   return TrainState(params, opt_state, state.step + 1, state.key), measured
