@@ -1,6 +1,6 @@
 """Runs the entry points many times at the price of one start: imports once, then forks.
 
-Reads a line of JSON a command from stdin, {"argv": [...]}, and answers with one,
+Reads a line of JSON a command from stdin, {"argv": [...], "env": {...}}, and answers with one,
 {"code", "out", "err", "rss"}, rss being its memory in bytes. JAX starts in the children only:
 forking it once it runs is not safe.
 """
@@ -24,11 +24,12 @@ TIMEOUT = 60  # seconds
 MOST_MEMORY = 12 * 2**30  # bytes of addresses, so that a runaway ends alone
 
 
-def child(argv: list[str], out: int, err: int) -> None:
+def child(argv: list[str], env: dict[str, str], out: int, err: int) -> None:
   os.dup2(out, 1)
   os.dup2(err, 2)
   signal.alarm(TIMEOUT)
   resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+  os.environ.update(env)
   sys.argv = argv
   code = 0
   try:
@@ -47,7 +48,8 @@ for line in sys.stdin:
   with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
     pid = os.fork()
     if pid == 0:
-      child(json.loads(line)['argv'], out.fileno(), err.fileno())
+      asked = json.loads(line)
+      child(asked['argv'], asked.get('env', {}), out.fileno(), err.fileno())
     _, status, usage = os.wait4(pid, 0)
     out.seek(0)
     err.seek(0)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope='module')
 def runner():
-  """command(argv) -> {"code", "out", "err"}, by tests/forked.py."""
+  """command(argv, env) -> {"code", "out", "err", "rss"}, by tests/forked.py."""
   with subprocess.Popen(
     [sys.executable, str(ROOT / 'tests' / 'forked.py')],
     stdin=subprocess.PIPE,
@@ -29,8 +29,8 @@ def runner():
     env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
   ) as process:
 
-    def command(argv: list[str]) -> dict:
-      process.stdin.write(json.dumps({'argv': argv}) + '\n')
+    def command(argv: list[str], **env: str) -> dict:
+      process.stdin.write(json.dumps({'argv': argv, 'env': env}) + '\n')
       process.stdin.flush()
       return json.loads(process.stdout.readline())
 
@@ -49,6 +49,10 @@ def places(tmp_path_factory) -> dict[str, Path]:
   (root / 'binary.txt').write_bytes(bytes(range(256)))
   (root / 'prose.py').write_text('this is not Python')
   (root / 'bare.py').write_text('x = 1')
+  (root / 'leaving.py').write_text('raise SystemExit(0)')
+  (root / 'number.py').write_text('def get_config():\n  return 3\n')
+  (root / 'asking.py').write_text('def get_config(size):\n  return {}\n')
+  (root / 'no_arms.py').write_text('def get_arms():\n  return {}\n')
   (root / 'foreign').mkdir()
   (root / 'foreign' / 'thesis.tex').write_text('ten years of work')
   (root / 'broken_config').mkdir()
@@ -64,10 +68,33 @@ def places(tmp_path_factory) -> dict[str, Path]:
   for path in (root / 'torn' / 'checkpoints').rglob('*'):
     if path.is_file():
       path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  for name, spoil in CONFIGS.items():
+    (root / name).mkdir()
+    fields = json.loads((root / 'run' / 'config.json').read_text())
+    (root / name / 'config.json').write_text(json.dumps(spoil(fields)))
+  (root / 'config_folder' / 'config.json').mkdir(parents=True)
+  (root / 'config_pipe').mkdir()
+  os.mkfifo(root / 'config_pipe' / 'config.json')
+  (root / 'dangling').symlink_to(root / 'nothing')
+  (root / 'other.json').write_text('{"thesis": "ten years of work"}')
+  (root / 'other.png').write_text('no picture')
+  (root / 'linked.json').symlink_to(root / 'text.txt')
   shutil.copytree(root / 'run', root / 'untrained')
   shutil.rmtree(root / 'untrained' / 'checkpoints')
-  return {path.stem: path for path in root.iterdir()}
+  return {'root': root, **{path.stem: path for path in root.iterdir()}}
 
+
+# A run's config.json, and what became of it.
+CONFIGS = {
+  'null_group': lambda fields: {**fields, 'mesh': None},
+  'scalar_group': lambda fields: {**fields, 'data': 3},
+  'true_layers': lambda fields: {**fields, 'num_layers': True},
+  'wordy_heads': lambda fields: {**fields, 'num_heads': 'four'},
+  'unknown_field': lambda fields: {**fields, 'num_haeds': 4},
+  'later_schema': lambda fields: {**fields, 'schema_version': 999},
+  'odd_schema': lambda fields: {**fields, 'schema_version': 'x'},
+  'no_object': lambda fields: [fields],
+}
 
 # After `train.py --config=configs/mla_small.py --workdir=(a new one)`: the flags, and what the one
 # line must say. {name} is one of `places`.
@@ -134,6 +161,43 @@ TRAIN = [
   ('--config={bare}', 'bare.py'),
   ('--confg=3', 'confg'),
   ('latent_dim=8', 'latent_dim=8: not a flag'),
+  # Sizes that can't be.
+  ('--config.ffn_dim=2147483647', 'ffn_dim=2147483647: .*GiB.*lower ffn_dim'),
+  ('--config.d_model=100000 --config.ffn_dim=100000', 'GiB.*lower (d_model|ffn_dim)'),
+  ('--config.num_layers=100000 --config.ffn_dim=500000', 'GiB.*lower (num_layers|ffn_dim)'),
+  ('--config.batch_size=2000000000', 'GiB.*lower batch_size'),
+  ('--config.seq_len=2000000000', 'GiB.*lower seq_len'),
+  ('--config.latent_dim=2000000000 --config.ffn_dim=8', 'GiB.*lower latent_dim'),
+  ('--config.data.tokenizer=bpe:9999999 --config.d_model=20000 --config.ffn_dim=8', 'GiB.*lower'),
+  ('--config.param_budget=100', 'raise param_budget to at least'),
+  ('--config.learning_rate=1e39', 'learning_rate=1e\\+39: .*float32'),
+  ('--config.learning_rate=1e-46', 'learning_rate=1e-46: .*float32'),
+  ('--config.weight_decay=1e39', 'weight_decay=1e\\+39: .*float32'),
+  ('--config.rope_base=1e39', 'rope_base=1e\\+39: .*float32'),
+  ('--config.grad_clip=inf', 'grad_clip=inf: .*float32'),
+  # A path as users write it.
+  ('--workdir=gs://bucket/run', '--workdir=gs://bucket/run: .*gcsfuse'),
+  ('--workdir=s3://bucket/run', '--workdir=s3://bucket/run: not a path'),
+  ('--workdir={run}[1]', r'takes \[ in .* for a pattern'),
+  ('--workdir={run}*', r'takes \* in .* for a pattern'),
+  ('--workdir={run}/' + 'x' * 256, 'a name of 256 bytes'),
+  ('--workdir={run}/' + '\u6587' * 100, 'a name of 300 bytes'),
+  ('--workdir=', '--workdir: is empty'),
+  ('--workdir=~nobody-of-that-name/x', 'no home folder'),
+  ('--workdir={dangling}', 'dangling: is a link to what is not there'),
+  ('--workdir={run}\x07', r'control character'),
+  # Files that are read.
+  ('--config={foreign}', '--config=.*foreign: is not a regular file'),
+  ('--config={leaving}', 'leaving.py: no get_config.*SystemExit'),
+  ('--config={number}', 'number.py: its get_config.. returns no ConfigDict'),
+  ('--config={asking}', 'asking.py: no get_config'),
+  ('--workdir={null_group}', 'null_group/config.json: mesh=None: must be a group'),
+  ('--workdir={later_schema}', 'later_schema/config.json: schema_version=999: a later version'),
+  # Flags.
+  ('--flagfile=/nowhere', '--flagfile: cannot be read'),
+  ('-config.latent_dims=8', 'latent_dims: .*did you mean latent_dim'),
+  ('--config.attention=lstm --config.rope_dim=7', 'attention=lstm: choose one of'),
+  ('--config.latent_dim=True', 'latent_dim'),
 ]
 
 EVAL = [
@@ -150,11 +214,37 @@ EVAL = [
   ('--workdir={run} --plot=a.txt', '--plot=a.txt: the name must end in .png'),
   ('--workdir={run} --json={foreign}', '--json=.*foreign'),
   ('{run}', 'not a flag'),
+  *((f'--workdir={{{name}}}', f'{name}/config.json: .*') for name in CONFIGS),
+  ('--workdir={true_layers}', 'num_layers=True: must be an integer'),
+  ('--workdir={unknown_field}', 'num_haeds: no such field; did you mean num_heads'),
+  ('--workdir={config_folder}', 'config.json: is not a regular file'),
+  ('--workdir={config_pipe}', 'config.json: is not a regular file'),
+  ('--workdir=gs://bucket/run', 'gcsfuse'),
+  ('--workdir={run} --json={run}/metrics.jsonl', '--json=.*is a name of the run or sweep'),
+  ('--workdir={run} --json={run}/config.json', '--json=.*is a name of the run or sweep'),
+  ('--workdir={run} --json={run}/checkpoints/x.json', '--json=.*is a name of the run or sweep'),
+  ('--workdir={run} --plot={run}/tensorboard/x.png', '--plot=.*is a name of the run or sweep'),
+  ('--workdir={run} --json={other}', '--json=.*no earlier result of this command'),
+  ('--workdir={run} --json={linked}', '--json=.*linked.json: is a link'),
+  ('--workdir={run} --plot={root}/other.png', '--plot=.*no .png picture'),
+  ('--workdir={run} --json=a.png --plot=a.png', '--plot=a.png: is what --json names'),
+  ('--workdir={run} --json=/dev/null', '--json=/dev/null: is not a regular file'),
+]
+
+# After `sweep.py --config=configs/mla_small.py --workdir=(a new one) --sweep=seed=0,1`.
+SWEEP = [
+  ('--arms={foreign}', '--arms=.*foreign: is not a regular file'),
+  ('--arms={leaving}', 'leaving.py: no get_arms'),
+  ('--arms={no_arms}', 'no_arms.py: its get_arms.. names no arm'),
+  ('--workdir=gs://bucket/sweep', 'gcsfuse'),
+  ('--workdir={run}?', r'takes \? in .* for a pattern'),
+  ('--workdir={text}', 'text.txt: is not a folder'),
+  ('--config.ffn_dim=2147483647', 'trial seed=0: ffn_dim=2147483647: .*GiB'),
 ]
 
 
 def contents(places: dict[str, Path]) -> dict[Path, bytes]:
-  files = (f for place in places.values() for f in (place, *place.rglob('*')) if f.is_file())
+  files = (f for f in places['root'].rglob('*') if f.is_file())
   return {path: path.read_bytes() for path in files}
 
 
@@ -184,3 +274,77 @@ def test_eval(runner, places, flags, named):
   before = contents(places)
   check(runner(['eval.py', *flags.format(**places).split()]), named)
   assert contents(places) == before
+
+
+@pytest.mark.parametrize(('flags', 'named'), SWEEP, ids=[flags for flags, _ in SWEEP])
+def test_sweep(runner, places, tmp_path, flags, named):
+  before = contents(places)
+  new = tmp_path / 'new'
+  argv = ['sweep.py', '--config=configs/mla_small.py', f'--workdir={new}', '--sweep=seed=0,1']
+  check(runner([*argv, *flags.format(**places).split()]), named)
+  assert contents(places) == before
+  assert not new.exists()
+
+
+def test_a_field_before_its_config(runner):
+  answer = runner(['train.py', '--config.latent_dim=8', '--config=configs/mla_small.py'])
+  check(answer, 'comes before the config it sets')
+
+
+def test_a_message_is_one_line_whatever_the_user_wrote(runner):
+  answer = runner(
+    ['train.py', '--config=configs/mla_small.py', '--config.remat=a\nb\x1b[31m' + 'x' * 9000]
+  )
+  check(answer, 'remat=')
+  assert '\x1b' not in answer['err'] and len(answer['err']) < 2000
+
+
+def small(places: dict[str, Path], workdir: Path, *flags: str) -> list[str]:
+  """A training of one step."""
+  fields = {'num_layers': 1, 'd_model': 16, 'ffn_dim': 16, 'seq_len': 16, 'num_steps': 1}
+  fields |= {'warmup_steps': 0, 'data.eval_tokens': 64, 'data.files': places['text']}
+  given = [f'--config.{name}={value}' for name, value in fields.items()]
+  return ['train.py', '--config=configs/mla_small.py', f'--workdir={workdir}', *given, *flags]
+
+
+@pytest.mark.parametrize(
+  ('env', 'flags'),
+  [
+    ({'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}, ['--config.mesh.tensor=2']),
+    ({'PYTHONIOENCODING': 'ascii', 'LC_ALL': 'C'}, []),
+    ({}, ['-config.latent_dim=8']),
+  ],
+  ids=['XLA_FLAGS', 'ascii', 'one dash'],
+)
+def test_what_a_user_may_set_works(runner, places, tmp_path, env, flags):
+  answer = runner(small(places, tmp_path / 'a run \u00e9 of mine', *flags), **env)
+  assert answer['code'] == 0, answer
+  if 'XLA_FLAGS' in env:
+    assert 'data=2 x fsdp=1 x tensor=2' in answer['out']
+
+
+def test_an_older_runs_config_has_the_fields_added_since(runner, places, tmp_path):
+  run = tmp_path / 'run'
+  assert runner(small(places, run))['code'] == 0
+  fields = json.loads((run / 'config.json').read_text())
+  assert fields.pop('schema_version') == 1
+  del fields['attention_impl'], fields['data']['train_split']
+  (run / 'config.json').write_text(json.dumps(fields))
+  again = runner(small(places, run))
+  assert again['code'] == 0 and 'already trained' in again['out'], again
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(places, tmp_path):
+  """`python train.py | head -1`: the checkpoint is there all the same."""
+  run = tmp_path / 'run'
+  command = [sys.executable, *small(places, run, '--config.num_steps=40', '--config.log_every=1')]
+  env = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
+  with subprocess.Popen(
+    command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  ) as process:
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert not process.stderr.read()
+  assert process.returncode == 0
+  assert (run / 'checkpoints' / '40').is_dir()
