@@ -83,6 +83,8 @@ def local_path(name: str, given: str) -> Path:
 
   A bucket's address is refused: to the system it would be a folder called `gs:`.
   """
+  if '\0' in given:
+    raise UserError(f'{name}={given}: no path has a NUL character in it; choose another')
   if re.match(r'[A-Za-z][A-Za-z0-9+.-]*://', given):
     raise UserError(f'{name}={given}: not a path; mount it as a folder (gs:// with gcsfuse)')
   try:
@@ -140,7 +142,7 @@ def is_draft(path: Path) -> bool:
 def read_bytes(path: Path, cure: str) -> bytes:
   """A regular file's bytes; UserError that names it, and ends with the cure, if they can't be had.
 
-  A pipe or a device, which might never end, is refused.
+  A pipe or a device, which might never end, is refused. MachineError if memory can't hold it.
   """
   try:
     if path.exists() and not path.is_file():
@@ -148,6 +150,9 @@ def read_bytes(path: Path, cure: str) -> bytes:
     return path.read_bytes()
   except OSError as error:
     raise cannot(f'{path}: cannot be read', error, cure) from error
+  except MemoryError as error:
+    exhausted = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    raise cannot(f'{path}: cannot be read', exhausted, cure) from error
 
 
 def read_json(path: Path, cure: str) -> Any:

@@ -2,12 +2,18 @@
 
 What counts as text: UTF-8, byte for byte as it stands, Windows line ends included. Only a byte
 order mark at a file's start is left out, and so are files that are empty or hold white space only.
-A NUL byte is refused: it is the sign of UTF-16 or of a binary file.
+A NUL byte is refused: it is the sign of UTF-16 or of a binary file. A file counts once, however
+many links name it.
 """
 
 import codecs
+import errno
+import fnmatch
+import functools
 import glob
+import logging
 import os
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -39,9 +45,9 @@ def load(data: ConfigDict, split: str) -> list[str]:
 
 
 def _check_apart(data: ConfigDict) -> None:
-  train = set(map(os.path.realpath, matches('data.files', data.files)))
+  train = set(map(_file, matches('data.files', data.files)))
   for path in matches('data.validation_files', data.validation_files):
-    if os.path.realpath(path) in train:
+    if _file(path) in train:
       raise UserError(
         f'data.validation_files={data.validation_files}: matches {path}, which data.files matches '
         'too; a text is for one of them'
@@ -71,20 +77,91 @@ def split_text(text: str) -> tuple[str, str]:
 
 
 def matches(field: str, pattern: str) -> list[Path]:
-  """The files that a pattern means, sorted. What exists under its literal name is taken literally.
+  """The files that a pattern means, sorted, each once. What exists under its literal name is taken
+  literally: `[a].txt` is that file where there is one, and a pattern below a folder `[2024]` works.
 
-  So `[a].txt` is that file where there is one, and a pattern below a folder `[2024]` works.
+  As glob has it, a name with a dot in front must be asked for. `**` enters a linked folder too, but
+  every folder once, so a link that leads in a circle ends. UserError if nothing is found; folders
+  that may not be read are warned of.
   """
   literal = files.local_path(field, pattern)
-  start = Path(literal.anchor)
-  escaped = start
-  for part in literal.relative_to(start).parts:
-    start /= part
-    escaped /= glob.escape(part) if os.path.lexists(start) else part
-  found = [Path(name) for name in sorted(set(glob.glob(str(escaped), recursive=True)))]
+  top = Path(literal.anchor)
+  closed: dict[Path, str] = {}
+  found: dict[Hashable, Path] = {}
+  for path in sorted(_expand(top, literal.relative_to(top).parts, closed), key=str):
+    found.setdefault(_file(path), path)
+  if closed:
+    folder, reason = next(iter(closed.items()))
+    trouble = f'{len(closed)} folder(s) cannot be looked into, {folder} the first ({reason})'
+    if not found:
+      raise UserError(f'{field}={pattern}: no file matches, and {trouble}; make it readable')
+    _warn(f'{field}={pattern}: {trouble}; nothing of it is read')
   if not found:
     raise UserError(f'{field}={pattern}: no file matches; quote the pattern and check the path')
-  return found
+  return list(found.values())
+
+
+@functools.cache  # once, however often the files are looked for
+def _warn(message: str) -> None:
+  logging.warning('%s', message)
+
+
+def _file(path: Path) -> Hashable:
+  """What is the same for all names of a file."""
+  try:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+  except OSError:
+    return path  # a link to nothing, say; reading will tell
+
+
+def _expand(folder: Path, parts: Sequence[str], closed: dict[Path, str]) -> Iterator[Path]:
+  """What the pattern `parts` means in a folder; adds those to `closed` that may not be read."""
+  if not parts:
+    yield folder
+    return
+  part, *rest = parts
+  try:
+    os.lstat(folder / part)
+    literal = True
+  except OSError as error:
+    literal = False
+    if error.errno == errno.EACCES:
+      closed[folder] = os.strerror(errno.EACCES)
+      return
+  if literal:
+    yield from _expand(folder / part, rest, closed)
+  elif part == '**':
+    while rest[:1] == ['**']:
+      rest = rest[1:]
+    for below in _folders(folder, closed):
+      yield from _expand(below, rest, closed)
+  elif glob.escape(part) != part:
+    for name in _names(folder, closed):
+      if fnmatch.fnmatchcase(name, part) and (name[0] != '.' or part[0] == '.'):
+        yield from _expand(folder / name, rest, closed)
+
+
+def _folders(folder: Path, closed: dict[Path, str]) -> Iterator[Path]:
+  """A folder and those below it, without hidden ones, each once."""
+  seen: set[Hashable] = set()
+  waiting = [folder]
+  for place in waiting:  # grows on the way
+    if _file(place) in seen:
+      continue
+    seen.add(_file(place))
+    yield place
+    below = (place / name for name in _names(place, closed) if name[0] != '.')
+    waiting += filter(os.path.isdir, below)
+
+
+def _names(folder: Path, closed: dict[Path, str]) -> list[str]:
+  try:
+    return sorted(os.listdir(folder))
+  except OSError as error:
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+      closed[folder] = os.strerror(error.errno or 0)
+    return []
 
 
 def _read_all(field: str, pattern: str) -> list[str]:
@@ -96,7 +173,7 @@ def _read_all(field: str, pattern: str) -> list[str]:
 
 def _read(field: str, path: Path) -> str:
   if os.path.isdir(path):
-    raise UserError(f'{field}: {path} is a folder; for the files in it write {path}/*.txt')
+    raise UserError(f'{field}: {path} is a folder; for the files in it write {path / "*.txt"}')
   if os.path.islink(path) and not os.path.exists(path):
     raise UserError(f'{field}: {path} is a link to nothing; remove it or leave it out')
   raw = files.read_bytes(path, f'make it readable or leave it out of {field}')

@@ -1,6 +1,7 @@
 """A user's files: what counts as text, which files a pattern means, and what is held out."""
 
 import contextlib
+import glob
 import os
 import random
 import socket
@@ -11,7 +12,7 @@ import pytest
 from conftest import plain_user, tiny_config
 
 from mla.data import corpora, user_files
-from mla.errors import UserError
+from mla.errors import MachineError, UserError
 
 WORDS = 'the of senate é 国 🦜 and expediency \u2028 \x1c a'.split(' ')
 ENDS = {'lines': '\n', 'windows': '\r\n', 'one line': ' ', 'no white space': '', 'old': '\r'}
@@ -162,6 +163,66 @@ def test_names_that_exist_are_taken_literally(tmp_path):
   assert len(load(tmp_path / '**/**/*.txt', validation_files=str(v))[0]) == 4  # each once
 
 
+def test_a_file_counts_once_however_many_links_name_it(tmp_path):
+  (tmp_path / 'a.txt').write_text('a text that is long enough')
+  (tmp_path / 'b.txt').symlink_to('a.txt')
+  os.link(tmp_path / 'a.txt', tmp_path / 'c.txt')
+  train, held_out = load(tmp_path / '*.txt')
+  assert [train[0] + held_out[0]] == ['a text that is long enough']
+  refused('c.txt, which data.files', tmp_path / '[ab].txt', validation_files=f'{tmp_path}/c.txt')
+
+
+def test_links_in_a_circle_end(tmp_path):
+  """Two of them made 2**40 names of one file; a linked folder elsewhere is still read."""
+  texts, elsewhere = tmp_path / 'texts', tmp_path / 'elsewhere'
+  for folder, name in ((texts / 'in', 'a'), (elsewhere, 'b')):
+    folder.mkdir(parents=True)
+    (folder / f'{name}.txt').write_text(name)
+  for name in ('x', 'y'):
+    (texts / name).symlink_to('.')
+  (texts / 'up').symlink_to('../texts')
+  (texts / 'far').symlink_to(elsewhere)
+  found = user_files.matches('data.files', f'{texts}/**/*.txt')
+  assert [path.name for path in found] == ['b.txt', 'a.txt']
+
+
+def test_patterns_mean_what_glob_means(tmp_path):
+  for name in ('a.txt', '.hidden.txt', 'in/b.txt', 'in/er/c.txt', '.git/d.txt', 'in-a.txt'):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(name)
+  for pattern in ('*.txt', '**/*.txt', '**/b.txt', '.*.txt', '*/*.txt', '.git/*', '[!.]*.txt'):
+    for whole in (f'{tmp_path}/{pattern}', f'{tmp_path}/in/../{pattern}'):
+      found = user_files.matches('data.files', whole)
+      assert list(map(str, found)) == sorted(glob.glob(whole, recursive=True))
+
+
+def test_a_folder_that_may_not_be_read_is_told(caplog):
+  with tempfile.TemporaryDirectory() as folder:
+    os.chmod(folder, 0o755)
+    for name in ('open', 'closed'):
+      (Path(folder) / name).mkdir()
+      (Path(folder) / name / 'a.txt').write_text(name)
+    (Path(folder) / 'closed').chmod(0)
+    with plain_user():
+      for pattern in ('**/*.txt', '*/a.txt'):
+        found = user_files.matches('data.files', f'{folder}/{pattern}')
+        assert list(map(str, found)) == [f'{folder}/open/a.txt']
+      for pattern in ('closed/a.txt', 'closed/*.txt'):
+        refused(r'no file matches, .*closed .*\(Permission denied\)', f'{folder}/{pattern}')
+  assert len(caplog.messages) == 2
+  assert all('closed the first (Permission denied); nothing of it' in m for m in caplog.messages)
+
+
+def test_a_file_larger_than_memory_is_the_machines_failure(tmp_path, monkeypatch):
+  def too_large(path):
+    raise MemoryError
+
+  (tmp_path / 'a.txt').write_text('a text')
+  monkeypatch.setattr(Path, 'read_bytes', too_large)
+  with pytest.raises(MachineError, match='a.txt: cannot be read: there is too little memory'):
+    corpora.load_documents(data_of(tmp_path / '*.txt'), 'train')
+
+
 def test_home_is_expanded(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   (tmp_path / 'a.txt').write_text('in the home folder ' * 9)
@@ -173,6 +234,7 @@ def test_home_is_expanded(tmp_path, monkeypatch):
   [
     ('~nobody-of-that-name/*.txt', 'data.files=~nobody.*no home folder'),
     ('gs://bucket/*.txt', 'data.files=gs://bucket/.*gcsfuse'),
+    ('a\0b/*.txt', 'data.files=a.*NUL character'),
     ('/nowhere/' + 'é' * 200, 'data.files=.*no file matches'),
     ('/dev/zer[o]', 'zero: is not a regular file; .*data.files'),
   ],
