@@ -84,6 +84,30 @@ def plain_user():
       os.seteuid(0)
 
 
+def break_as(path: Path, damage: str | bytes) -> None:
+  """Puts a damage in the place of a file: other content, or what the word says."""
+  content = path.read_bytes()
+  middle = len(content) // 2
+  path.unlink()
+  match damage:
+    case 'gone':
+      pass
+    case 'folder':
+      path.mkdir()
+    case 'pipe':
+      os.mkfifo(path)
+    case 'link':
+      path.symlink_to('nothing')
+    case 'torn':
+      path.write_bytes(content[:middle])
+    case 'bit':
+      path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    case 'zeros':  # behind what a file opens with
+      path.write_bytes(content[:64] + bytes(3000) + content[3064:])
+    case _:
+      path.write_bytes(damage)
+
+
 @pytest.fixture(scope='session')
 def text(tmp_path_factory) -> Path:
   path = tmp_path_factory.mktemp('text') / 'text.txt'

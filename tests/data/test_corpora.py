@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import plain_user, tiny_config
+from conftest import break_as, plain_user, tiny_config
 from ml_collections import ConfigDict
 
 from mla import workdir
@@ -188,24 +188,6 @@ def test_a_run_from_before_slices_reads_whole_splits(tmp_path):
   assert workdir.identity(found) != workdir.identity(config)
 
 
-def break_as(path, damage):
-  """Puts a damage in the place of a file."""
-  content = path.read_bytes()
-  path.unlink()
-  if damage == 'folder':
-    path.mkdir()
-  elif damage == 'pipe':
-    os.mkfifo(path)
-  elif isinstance(damage, bytes):
-    path.write_bytes(damage)
-  elif damage == 'torn':
-    path.write_bytes(content[: len(content) // 2])
-  elif damage == 'zeros':  # where the records lie
-    path.write_bytes(content[:64] + bytes(3000) + content[3064:])
-  else:
-    assert damage == 'gone'
-
-
 DESCRIPTIONS = [b'', b'{', b'[]', b'null', b'{}', b'[' * 100_000, b'\xff\0', 'folder', 'pipe']
 
 
@@ -263,6 +245,11 @@ def test_a_damaged_copy_of_the_embedded_corpus_is_made_again(pinned, tmp_path, n
   assert {path.name for path in there.iterdir()} == names | {'notes.txt'}  # no draft is left
 
 
+def test_a_folder_with_the_signs_of_a_pattern(pinned, tmp_path):
+  shutil.copytree(pinned[0] / 'sotu', tmp_path / '[a] *b?/sotu')
+  assert both(data_of(tmp_path / '[a] *b?')) == pinned[1]
+
+
 def test_another_dataset_in_its_place_is_not_taken_for_it(pinned, letters):
   (letters / 'sotu').mkdir()
   shutil.copytree(letters / 'letters/en/2.0.1', letters / 'sotu/1.0.0')
@@ -272,7 +259,7 @@ def test_another_dataset_in_its_place_is_not_taken_for_it(pinned, letters):
 def test_a_folder_in_the_place_of_a_file_of_the_corpus_is_left(pinned, tmp_path):
   shutil.copytree(pinned[0] / 'sotu', tmp_path / 'sotu')
   break_as(tmp_path / 'sotu/1.0.0' / INFO, 'folder')
-  with pytest.raises(UserError, match='data.data_dir=.*cannot prepare the corpus there'):
+  with pytest.raises(UserError, match='dataset_info.json: is a folder .*; remove it'):
     corpora.load_documents(data_of(tmp_path), 'train')
   assert (tmp_path / 'sotu/1.0.0' / INFO).is_dir()
 
@@ -332,6 +319,7 @@ def test_a_corpus_that_may_only_be_read(pinned):
     ('gs://bucket/data', 'data.data_dir=gs://bucket/data: .*gcsfuse'),
     ('~nobody-of-that-name/data', 'data.data_dir=~nobody.*no home folder'),
     ('x' * 300, 'data.data_dir=.*File name too long'),
+    ('a\0b', 'data.data_dir=a.*NUL character'),
   ],
 )
 def test_a_data_dir_that_cannot_be(tmp_path, monkeypatch, dataset, where, message):

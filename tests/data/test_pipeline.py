@@ -2,8 +2,9 @@ import grain
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from conftest import tiny_config
 
-from mla.data.pipeline import TokenStream, eval_windows, make_stream, train_batches
+from mla.data.pipeline import TokenStream, eval_windows, load_data, make_stream, train_batches
 from mla.data.tokenizers import ByteTokenizer
 from mla.errors import UserError
 
@@ -85,3 +86,25 @@ def test_too_little_text_is_refused():
     train_batches(STREAM, seed=0, process_count=3, **SIZES)
   with pytest.raises(UserError, match='no token to predict'):
     eval_windows(TokenStream(STREAM.tokens[:1]), seq_len=9)
+
+
+@pytest.mark.parametrize(('copies', 'told'), [(0, ''), (1, '1 of 2 validation documents')])
+def test_a_text_in_training_and_validation_is_told(tmp_path, caplog, copies, told):
+  """Two files of one content; a file of both globs is refused."""
+  texts = {'a.txt': 'a text', 'b.txt': 'more', 'x.val': 'held out', 'y.val': 'another'}
+  texts |= {'y.val': 'a text'} if copies else {}
+  for name, text in texts.items():
+    (tmp_path / name).write_text(text)
+  fields = {'data__files': f'{tmp_path}/*.txt', 'data__validation_files': f'{tmp_path}/*.val'}
+  load_data(tiny_config(**fields))
+  assert told in caplog.text and bool(caplog.messages) == bool(copies)
+
+
+@pytest.mark.parametrize('folder', ['file', 'closed', 'gs://bucket'])
+def test_files_in_bytes_need_no_data_dir(tmp_path, folder):
+  (tmp_path / 'file').write_text('a text that is long enough\n' * 9)
+  (tmp_path / 'closed').mkdir(mode=0)
+  where = folder if ':' in folder else f'{tmp_path}/{folder}'
+  data = load_data(tiny_config(data__files=f'{tmp_path}/file', data__data_dir=where))
+  assert len(data.train.tokens) + len(data.validation.tokens) == 27 * 9 + 2
+  assert (tmp_path / 'file').is_file()

@@ -1,10 +1,16 @@
+import os
 import random
+import resource
+import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import break_as, plain_user
 
 from mla.data.tokenizers import make_tokenizer
-from mla.errors import UserError
+from mla.errors import MachineError, UserError
 
 TEXT = [
   'The president spoke to the congress of the several states about peace and commerce.\n' * 30,
@@ -76,3 +82,50 @@ def test_a_bad_spec_is_one_line(tmp_path, spec):
   with pytest.raises(UserError, match='data.tokenizer=') as caught:
     make_tokenizer(spec, TEXT, tmp_path)
   assert '\n' not in str(caught.value)
+
+
+@pytest.fixture(scope='module')
+def kept(tmp_path_factory):
+  """A folder with a kept model, and the model's digest."""
+  folder = tmp_path_factory.mktemp('kept')
+  return folder, make_tokenizer('bpe:400', TEXT, folder).digest
+
+
+@pytest.mark.parametrize('damage', [b'', b'null', b'\0' * 3000, 'torn', 'bit', 'pipe', 'link'])
+def test_a_damaged_kept_model_is_trained_again(kept, tmp_path, damage):
+  shutil.copytree(kept[0], tmp_path, dirs_exist_ok=True)
+  (path,) = tmp_path.iterdir()
+  whole = path.read_bytes()
+  break_as(path, damage)
+  (tmp_path / 'notes').write_text('ten years of work')
+  assert make_tokenizer('bpe:400', TEXT, tmp_path).digest == kept[1]
+  assert path.read_bytes() == whole
+  assert {p.name for p in tmp_path.iterdir()} == {path.name, 'notes'}
+
+
+def test_a_folder_in_a_kept_models_place_is_left(kept, tmp_path, caplog):
+  shutil.copytree(kept[0], tmp_path, dirs_exist_ok=True)
+  (path,) = tmp_path.iterdir()
+  break_as(path, 'folder')
+  assert make_tokenizer('bpe:400', TEXT, tmp_path).digest == kept[1]
+  assert path.is_dir() and len(list(tmp_path.iterdir())) == 1
+  assert 'cannot keep the tokenizer in' in caplog.text
+
+
+def test_where_nothing_can_be_kept_a_tokenizer_is_trained(kept, caplog):
+  with tempfile.TemporaryDirectory() as folder:
+    os.chmod(folder, 0o555)
+    with plain_user():
+      assert make_tokenizer('bpe:400', TEXT, Path(folder) / 'in').digest == kept[1]
+  assert 'cannot keep the tokenizer in' in caplog.text and 'Permission denied' in caplog.text
+
+
+def test_a_full_disk_leaves_no_half_of_a_model(tmp_path):
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+  try:
+    with pytest.raises(MachineError, match='cannot keep the tokenizer in .*file size'):
+      make_tokenizer('bpe:400', TEXT, tmp_path)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert list(tmp_path.iterdir()) == []
