@@ -43,7 +43,7 @@ from mla.workdir import read_config
 CHUNK = 64
 BATCH = 32
 BOOTSTRAPS = 2000
-# Of normal windows what is called 95 % covers 51 % with 2, 83 % with 5, 90 % with 10, 94 % with 20.
+# Of normal windows what is called 95 % covers 50 % with 2, 84 % with 5, 90 % with 10, 94 % with 20.
 LEAST_WINDOWS = 20
 
 

@@ -42,7 +42,7 @@ def perplexity(axes: Axes, runs: Sequence[Mapping[str, Any]]) -> None:
     x = size * 2 ** (shift * APART)
     colour, marker = STYLES.get(run['attention'], OTHER)
     low, high = run['perplexity_ci95'] or (middle, middle)  # too few windows: no bar
-    bars = [[middle - low], [high - middle]]
+    bars = [[max(middle - low, 0)], [max(high - middle, 0)]]  # all windows alike: rounding decides
     axes.errorbar([x], [middle], bars, color=colour, marker=marker, linestyle='none', capsize=3)
     latent = f' C={run["latent_dim"]}' if run['latent_dim'] else ''
     left = shift < 0

@@ -15,7 +15,7 @@ import pytest
 from conftest import tiny_config
 from flax import nnx
 
-from mla import evaluate, report, sharding
+from mla import evaluate, plots, report, sharding
 from mla.data.pipeline import eval_windows, load_data
 from mla.model import allocate_cache, forward
 from mla.train import train_and_evaluate
@@ -146,6 +146,21 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
   assert 0.88 < hits / 200 < 0.99
 
 
+def test_few_windows_have_no_interval():
+  nll, targets = np.linspace(20.0, 40.0, 100), np.full(100, 32)
+  for count in (1, 2, 10, 19, 20, 100):
+    interval = evaluate.bootstrap_perplexity(nll[:count], targets[:count], 50)
+    assert interval is None if count < 20 else interval[0] < interval[1]
+
+
+@pytest.mark.parametrize('windows', [1, 19, 20])
+def test_a_part_of_the_text_has_an_interval_only_if_that_says_something(trained, windows):
+  run, nll = evaluate.score_run(trained('mla'), 'float32', max_tokens=32 * windows)
+  assert len(nll) == windows
+  assert (json.loads(json.dumps(run))['perplexity_ci95'] is None) == (windows < 20)
+  assert ('  -  ' in report.table([run]).splitlines()[-1]) == (windows < 20)
+
+
 def test_the_command_line(trained, tmp_path):
   out, picture = tmp_path / 'eval.json', tmp_path / 'eval.png'
   done = subprocess.run(
@@ -171,19 +186,28 @@ def test_the_command_line(trained, tmp_path):
   assert picture.read_bytes().startswith(b'\x89PNG')
 
 
+RUN = {
+  'workdir': 'runs/x',
+  'attention': 'mla',
+  'latent_dim': 32,
+  'params_non_embedding': 800_000,
+  'step': 800,
+  'cache_dtype': 'bfloat16',
+  'kv_cache_bytes_per_token': 512.0,
+  'perplexity': 3.0,
+  'perplexity_ci95': [2.9, 3.1],
+  'bits_per_byte': 1.58,
+}
+
+
 def test_the_table_says_what_bytes_mean():
-  run = {
-    'workdir': 'runs/x',
-    'attention': 'mla',
-    'latent_dim': 32,
-    'params_non_embedding': 800_000,
-    'step': 800,
-    'cache_dtype': 'bfloat16',
-    'kv_cache_bytes_per_token': 512.0,
-    'perplexity': 3.0,
-    'perplexity_ci95': [2.9, 3.1],
-    'bits_per_byte': 1.58,
-  }
-  line = report.table([run]).splitlines()[-1]
+  line = report.table([RUN]).splitlines()[-1]
   assert f'{2**30 // 512:,}' in line  # tokens in a GiB
   assert line.split()[-1] == f'{2**30 / 512 / 8192:.1f}'
+
+
+@pytest.mark.parametrize('interval', [None, [3.0 + 1e-15, 3.0 - 1e-15]])
+def test_a_picture_needs_no_interval(tmp_path, interval):
+  """None of too few windows; one turned round by rounding where all windows are alike."""
+  plots.save(plots.perplexity, tmp_path / 'x.png', [RUN, RUN | {'perplexity_ci95': interval}])
+  assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
