@@ -94,6 +94,35 @@ def cache_bytes(config: ConfigDict, vocab: int, *, batch: int, context: int, dty
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
 
 
+def cache_parts(config: ConfigDict, vocab: int, *, dtype: str) -> dict[str, int]:
+  """{what the variant keeps: bytes of it a token}, in all layers, from the cache's arrays."""
+  model = _abstract_model(config, vocab)
+  layers = jax.eval_shape(
+    lambda: model_lib.allocate_cache(model, batch=1, slots=1, dtype=dtype).layers
+  )
+  return {
+    name: sum(
+      leaf.size * leaf.dtype.itemsize for layer in layers for leaf in jax.tree.leaves(layer[name])
+    )
+    for name in layers[0]
+  }
+
+
+def flops_parts(config: ConfigDict, vocab: int, total: float) -> dict[str, float]:
+  """{part: FLOPs a token} of a training step of `total` (train_flops_per_token's) in all.
+
+  A weight costs 6 a token: 2 in the forward, 4 in the backward pass. What no weight explains is the
+  products of queries, keys and values, and the elementwise work.
+  """
+  weights = {'feed-forward': 0, 'projections': 0, 'unembedding': 0}
+  where = {'ffn': 'feed-forward', 'attention': 'projections', 'w_out': 'unembedding'}
+  for path, leaf in nnx.to_flat_state(nnx.state(_abstract_model(_copy(config), vocab))):
+    if str(path[-1]).startswith('w_'):
+      weights[next(where[name] for name in path if name in where)] += leaf.size
+  parts = {part: 6.0 * size for part, size in weights.items()}
+  return {**parts, 'scores and the rest': total - sum(parts.values())}
+
+
 def _compile_step(config: ConfigDict, vocab: int):
   optimizer = make_optimizer(config)
   state = jax.eval_shape(functools.partial(init_state, config, vocab, optimizer))

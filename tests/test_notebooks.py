@@ -1,4 +1,7 @@
-"""Every notebook runs from top to bottom on a made-up sweep, and is committed with outputs."""
+"""Every notebook runs from top to bottom on a made-up sweep, and is committed with outputs.
+
+No text of a figure overlaps another or is cut off.
+"""
 
 import json
 import os
@@ -34,11 +37,19 @@ def small_sweep(tmp_path_factory) -> Path:
         'attention': 'mla' if arm in LATENTS else arm,
         'latent_dim': LATENTS.get(arm),
         'loss': loss + 0.001 * seed,
+        'flops_per_token': 7e6,
         'kv_cache_bytes_per_token': {'mha': 64.0, 'c4': 8.0}.get(arm, 16.0),
       }
       results.add(line)
   report.write(folder)
   return folder
+
+
+CHECK = """
+from pictures import faults
+found = [fault for number in plt.get_fignums() for fault in faults(plt.figure(number))]
+assert plt.get_fignums() and not found, found
+"""
 
 
 def cells(path: Path, kind: str) -> list[dict]:
@@ -51,7 +62,7 @@ def test_there_are_four():
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, small_sweep):
-  code = '\n\n'.join(''.join(cell['source']) for cell in cells(path, 'code'))
+  code = '\n\n'.join(''.join(cell['source']) for cell in cells(path, 'code')) + CHECK
   done = subprocess.run(
     [sys.executable, '-c', code],
     cwd=ROOT / 'notebooks',
@@ -59,7 +70,7 @@ def test_a_notebook_runs(path, small_sweep):
     text=True,
     env={
       **os.environ,
-      'PYTHONPATH': str(ROOT),
+      'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}',
       'MLA_LAB_SWEEP': str(small_sweep),
       'MPLBACKEND': 'Agg',
       'JAX_PLATFORMS': 'cpu',

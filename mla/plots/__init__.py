@@ -1,0 +1,14 @@
+"""Pictures. Each function draws on a figure of its own, lays it out, and then places its labels.
+
+Nothing is left to chance: a label goes where no other text is, or is not drawn and the picture says
+so (labels.py); a variant's name, colour and marker come from one table (styles.py).
+"""
+
+from mla.plots.costs import bars, cache_memory, stacks
+from mla.plots.losses import equal_bytes, frontier, latent_knob, perplexity
+from mla.plots.styles import save, style
+
+__all__ = [
+  'bars', 'cache_memory', 'equal_bytes', 'frontier', 'latent_knob', 'perplexity', 'save', 'stacks',
+  'style',
+]  # fmt: skip
