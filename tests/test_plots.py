@@ -110,6 +110,10 @@ RUN_SETS = {
   'the committed runs': RUNS,
   'one run': RUNS[:1],
   'too few windows': [run('mha', 64.0, 3.0, None), run('mqa', 16.0, 3.1, None)],
+  'all windows alike': [
+    run('mha', 64.0, 3.0, perplexity_ci95=[3.0 - 1e-15, 3.0 - 1e-15]),
+    run('mqa', 16.0, 3.0, perplexity_ci95=[3.0 + 1e-15, 3.0 + 1e-15]),
+  ],
   'one run given twice': [RUNS[0], RUNS[0]],
   'one run in three dtypes': [
     run('mla', size, 3 + 1e-4 * size, cache_dtype=dtype, latent_dim=32, workdir='runs/' + 'x' * 60)

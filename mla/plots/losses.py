@@ -171,8 +171,10 @@ def perplexity(figure: Figure, runs: Sequence[Mapping[str, Any]]) -> None:
   """
   sizes, points = [run['kv_cache_bytes_per_token'] for run in runs], []
   for run in runs:
-    low, high = run['perplexity_ci95'] or (run['perplexity'], run['perplexity'])
-    points.append(Point(run['perplexity'], low, high, ()))
+    middle = run['perplexity']
+    low, high = run['perplexity_ci95'] or (middle, middle)
+    # Where all windows are alike, rounding may put the interval beside its middle.
+    points.append(Point(middle, min(low, middle), max(high, middle), ()))
   limits = panels.log_limits(sizes)
   places = panels.side_by_side(sizes, limits)
   family = styles(run['attention'] for run in runs)

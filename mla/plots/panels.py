@@ -110,7 +110,8 @@ def make(figure: Figure, points: Sequence[Point], *shown: tuple[Number, Number])
   grid = {'height_ratios': ratios, 'hspace': 0.02}
   rows = list(figure.subplots(len(parts), sharex=True, squeeze=False, gridspec_kw=grid)[:, 0])
   for axes, (low, high), ratio in zip(rows, parts, ratios, strict=True):
-    pad = 0.12 * (high - low) or 0.02 * abs(high) or 1.0
+    flat = high - low <= 1e-9 * abs(high)  # but for rounding
+    pad = 0.02 * abs(high) or 1.0 if flat else 0.12 * (high - low)
     axes.set_ylim(low - pad, high + 1.4 * pad)
     axes.yaxis.set_major_locator(MaxNLocator('auto' if ratio > 0.5 else 4, prune='both'))
     axes.ticklabel_format(axis='y', useOffset=False)
