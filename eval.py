@@ -7,7 +7,7 @@ import json
 
 from absl import flags
 
-from mla import backends, cli, evaluate, files, paths, plots, report
+from mla import backends, cli, evaluate, files, paths, plots, tables
 from mla.errors import UserError
 
 WORKDIRS = flags.DEFINE_multi_string('workdir', [], 'a run; give it again for each further one')
@@ -24,7 +24,7 @@ def main() -> None:
   paths.distinct(json=json_file, plot=plot_file)
   backends.prepare(evaluate.BATCH)
   runs = [evaluate.evaluate_run(workdir, CACHE_DTYPE.value, say=print) for workdir in workdirs]
-  print('\n' + report.table(runs))
+  print('\n' + tables.compare(runs))
   if json_file:
     try:
       files.write_whole(json_file, json.dumps({'runs': runs}, indent=2) + '\n')

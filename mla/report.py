@@ -1,53 +1,11 @@
-"""Tables and the written report, from results on disk."""
+"""A sweep's report: its verdict, its warnings, its tables; for the terminal and as report.md."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mla import files, frontier, looks, plots
-
-GIB, MIB = 2**30, 2**20
-CONTEXT = 8192  # tokens of a conversation, for users per GiB
-
-
-def table(runs: Sequence[Mapping[str, Any]]) -> str:
-  """eval.py's: one line a run, by cache bytes; and what the bytes mean."""
-  heads = (
-    'run', 'attention', 'latent', 'params', 'step', 'cache', 'bytes/token', 'perplexity', '95 %',
-    'bits/byte', 'tokens/GiB', 'users/GiB at 8k',
-  )  # fmt: skip
-  rows = []
-  for run in sorted(runs, key=lambda run: run['kv_cache_bytes_per_token']):
-    size = run['kv_cache_bytes_per_token']
-    interval = run['perplexity_ci95']
-    rows.append((
-      Path(run['workdir']).name,
-      run['attention'],
-      str(run['latent_dim'] or '-'),
-      f'{run["params_non_embedding"]:,}',
-      str(run['step']),
-      run['cache_dtype'],
-      f'{size:,.0f}',
-      f'{run["perplexity"]:.4f}',
-      f'{interval[0]:.4f} to {interval[1]:.4f}' if interval else '-',
-      f'{run["bits_per_byte"]:.4f}',
-      f'{GIB / size:,.0f}',
-      f'{GIB / size / CONTEXT:,.1f}',
-    ))  # fmt: skip
-  return columns([heads, *rows], words={0, 1, 5})
-
-
-def columns(rows: Sequence[Sequence[str]], words: set[int]) -> str:
-  """Rows, heads first, as aligned text; columns in `words` to the left, numbers to the right."""
-  widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-  lines = [
-    '  '.join(
-      cell.ljust(width) if column in words else cell.rjust(width)
-      for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ).rstrip()
-    for row in rows
-  ]
-  return '\n'.join([lines[0], '-' * max(map(len, lines)), *lines[1:]])
+from mla.tables import CONTEXT, GIB, MIB, columns, markdown
 
 
 def write(folder: Path, reference: str = '', margin: float = frontier.MARGIN) -> str:
@@ -65,9 +23,13 @@ def write(folder: Path, reference: str = '', margin: float = frontier.MARGIN) ->
 
 
 def frontier_table(summary: Mapping[str, Any]) -> str:
-  """A line an arm, by cache bytes, for the terminal."""
+  """A line an arm, by cache bytes, for the terminal: what its columns are stands below."""
   heads, rows = _frontier_rows(summary)
-  return columns([heads, *rows], words={0, 9})
+  short = [head.split(' (')[0] for head in heads]
+  return columns([short, *rows], words={0, 9}) + (
+    '\n+/-, d and text +/-: two-sided 95 %. d at most: one-sided 95 %, simultaneous over arms and '
+    'looks.'
+  )
 
 
 def written(summary: Mapping[str, Any]) -> str:
@@ -245,11 +207,6 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
 
 def _moves_targets(field: str) -> bool:
   return field == 'seq_len' or field.startswith('data.')
-
-
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  lines = [heads, ['---', *['---:'] * (len(heads) - 1)], *rows]
-  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
 def _number(value: float | None, form: str = '.4f') -> str:

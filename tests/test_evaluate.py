@@ -15,7 +15,7 @@ import pytest
 from conftest import tiny_config
 from flax import nnx
 
-from mla import evaluate, plots, report, sharding
+from mla import evaluate, plots, sharding, tables
 from mla.data.pipeline import eval_windows, load_data
 from mla.model import allocate_cache, forward
 from mla.train import train_and_evaluate
@@ -158,7 +158,7 @@ def test_a_part_of_the_text_has_an_interval_only_if_that_says_something(trained,
   run, nll = evaluate.score_run(trained('mla'), 'float32', max_tokens=32 * windows)
   assert len(nll) == windows
   assert (json.loads(json.dumps(run))['perplexity_ci95'] is None) == (windows < 20)
-  assert ('  -  ' in report.table([run]).splitlines()[-1]) == (windows < 20)
+  assert ('  -  ' in tables.compare([run]).splitlines()[-1]) == (windows < 20)
 
 
 def test_the_command_line(trained, tmp_path):
@@ -201,7 +201,7 @@ RUN = {
 
 
 def test_the_table_says_what_bytes_mean():
-  line = report.table([RUN]).splitlines()[-1]
+  line = tables.compare([RUN]).splitlines()[-1]
   assert f'{2**30 // 512:,}' in line  # tokens in a GiB
   assert line.split()[-1] == f'{2**30 / 512 / 8192:.1f}'
 

@@ -1,0 +1,53 @@
+"""Rows as text: aligned for a terminal, as Markdown; and eval.py's table."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+GIB, MIB = 2**30, 2**20
+CONTEXT = 8192  # tokens of a conversation, for users per GiB
+
+
+def compare(runs: Sequence[Mapping[str, Any]]) -> str:
+  """eval.py's table: a line a run, by cache bytes; and what the bytes mean."""
+  heads = (
+    'run', 'attention', 'latent', 'params', 'step', 'cache', 'bytes/token', 'perplexity', '95 %',
+    'bits/byte', 'tokens/GiB', 'users/GiB at 8k',
+  )  # fmt: skip
+  rows = []
+  for run in sorted(runs, key=lambda run: run['kv_cache_bytes_per_token']):
+    size = run['kv_cache_bytes_per_token']
+    interval = run['perplexity_ci95']
+    rows.append((
+      Path(run['workdir']).name,
+      run['attention'],
+      str(run['latent_dim'] or '-'),
+      f'{run["params_non_embedding"]:,}',
+      str(run['step']),
+      run['cache_dtype'],
+      f'{size:,.0f}',
+      f'{run["perplexity"]:.4f}',
+      f'{interval[0]:.4f} to {interval[1]:.4f}' if interval else '-',
+      f'{run["bits_per_byte"]:.4f}',
+      f'{GIB / size:,.0f}',
+      f'{GIB / size / CONTEXT:,.1f}',
+    ))  # fmt: skip
+  return columns([heads, *rows], words={0, 1, 5})
+
+
+def columns(rows: Sequence[Sequence[str]], words: set[int]) -> str:
+  """Rows, heads first, as aligned text; columns in `words` to the left, numbers to the right."""
+  widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+  lines = [
+    '  '.join(
+      cell.ljust(width) if column in words else cell.rjust(width)
+      for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in rows
+  ]
+  return '\n'.join([lines[0], '-' * max(map(len, lines)), *lines[1:]])
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  lines = [heads, ['---', *['---:'] * (len(heads) - 1)], *rows]
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
