@@ -13,7 +13,7 @@ import math
 
 from absl import flags
 
-from mla import backends, cli, frontier, paths, ray_engine, report, signals, sweep, trials
+from mla import backends, cli, frontier, looks, paths, ray_engine, report, signals, sweep, trials
 from mla.errors import UserError
 
 CONFIG = cli.define_config('--config=configs/mla_small.py')
@@ -56,11 +56,12 @@ def main() -> int:
   names = {trial.arm for trial in todo}
   if REFERENCE.value and REFERENCE.value not in names:
     raise UserError(f'--reference={REFERENCE.value}: no such arm; choose one of {sorted(names)}')
-  if not MARGIN.value >= 0:
-    raise UserError(f'--margin={MARGIN.value}: must be 0 or positive')
+  if not 0 <= MARGIN.value < math.inf:
+    raise UserError(f'--margin={MARGIN.value}: must be 0 or positive, and finite')
   rows = math.gcd(*(t.config.batch_size // t.config.accumulation_steps for t in todo))
   backends.prepare(rows, mesh=CONFIG.value.mesh.to_dict())
   engine = make_engine()
+  looks.read(folder)  # if damaged, refused before hours of training
   missing = sweep.missing(todo, folder)
   trials.check(missing, folder, on_these_devices=ENGINE.value == 'local')
   try:

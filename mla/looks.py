@@ -6,12 +6,13 @@ A 132, 1969). So a look gets a part of the 5 %: 1 % each of the first four, then
 one before (0.5 %, 0.25 %, ...), which is 5 % in all however often one looks. The first gets no more
 than later ones, for those have the most seeds, and it is the report that proposes them.
 
-A look is a report over other results than any before it, or against another reference;
-DIR/looks.json lists them. To write the same report again, or with another margin, is none: the
-bounds hold for all margins.
+A look is a report over other results than any before it (of other seeds, or of more trials), or
+against another reference; DIR/looks.json lists them. To write the same report again, or with
+another margin, is none: the bounds hold for all margins.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,15 @@ def level(number: int) -> float:
 
 def history(folder: Path, now: Look) -> tuple[list[Look], int]:
   """All looks, `now` among them, and which it is (from 1); UserError if the list is damaged."""
-  path = folder / 'looks.json'
-  before = read(path) if path.exists() else []
+  before = read(folder)
   return (before, before.index(now) + 1) if now in before else ([*before, now], len(before) + 1)
 
 
-def read(path: Path) -> list[Look]:
+def read(folder: Path) -> list[Look]:
+  """The looks so far, [] if there was none; UserError if the list is damaged."""
+  path = folder / 'looks.json'
+  if not os.path.lexists(path):
+    return []
   cure = 'take it from a copy, or remove it and know that looks are counted anew'
   found = files.read_json(path, cure)
   if not isinstance(found, list) or not all(_is_look(look) for look in found):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,15 @@ def test_further_seeds_are_added(finished, text, tmp_path):
   assert losses(finished).items() <= losses(folder).items()
 
 
+def test_a_damaged_list_of_looks_is_refused_before_anything_trains(finished, text, tmp_path):
+  folder = Path(shutil.copytree(finished, tmp_path / 'copy'))
+  (folder / 'looks.json').write_text('[{"seeds": ')
+  refused = run(folder, text, '--sweep=seed=7')
+  assert refused.returncode == 2 and 'looks.json' in refused.stderr
+  assert refused.stderr.count('\n') == 1
+  assert losses(folder) == losses(finished)
+
+
 def test_killed_in_mid_trial_it_ends_as_if_undisturbed(finished, text, tmp_path):
   folder = tmp_path / 'killed'
   with subprocess.Popen(command(folder, text, *AXES), stdout=subprocess.DEVNULL) as process:
@@ -130,6 +140,7 @@ def test_a_failed_trial_ends_no_other(text, tmp_path):
     (['--sweep=seed=1', '--engine=ray', '--slice=v4', '--resources=TPU=4'], '--slice=v4'),
     (['--sweep=seed=1', '--engine=ray', '--resources=CPU=-1'], '--resources=CPU=-1: each'),
     (['--sweep=seed=1', '--reference=mah'], '--reference=mah'),
+    (['--sweep=seed=1', '--margin=inf'], '--margin=inf'),
     ([], '--sweep'),
   ],
 )
