@@ -31,9 +31,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from mla import backends, memory, sharding
 from mla import cache as cache_lib
 from mla import config as config_lib
-from mla import memory, sharding
 from mla import model as model_lib
 from mla.checkpoint import Checkpoints
 from mla.data.pipeline import EvalWindows, eval_windows, load_data
@@ -73,6 +73,10 @@ def score_run(
   config = read_config(workdir)
   mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1})
   memory.check_reading(config, cache_dtype, mesh, batch=BATCH + -BATCH % mesh.size, chunk=CHUNK)
+  try:
+    backends.check(config.attention_impl, mesh)
+  except UserError:  # it was for the devices that trained it
+    config.attention_impl = 'auto'
   data = load_data(config)
   model, step = load_model(workdir, config, data.tokenizer.vocab_size, data.digest, mesh)
   windows = eval_windows(data.validation, seq_len=config.seq_len, max_tokens=max_tokens)

@@ -18,8 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
+from mla import backends, hosts, memory, sharding
 from mla import config as config_lib
-from mla import hosts, memory, sharding
 from mla import model as model_lib
 from mla.checkpoint import Checkpoints
 from mla.data.pipeline import Data, EvalWindows, eval_windows, load_data, skip_to, train_batches
@@ -86,6 +86,7 @@ def _train(
   # What the run is.
   mesh = sharding.make_mesh(config.mesh.to_dict())
   sharding.check_batch(config, mesh)
+  backends.check(config.attention_impl, mesh)
   memory.check_training(config, mesh)
   data = load_data(config)
   model = nnx.eval_shape(lambda: model_lib.make_model(config, data.tokenizer.vocab_size))

@@ -19,8 +19,8 @@ from typing import Any
 from flax import nnx
 from ml_collections import ConfigDict
 
+from mla import backends, files, memory, paths, sharding
 from mla import config as config_lib
-from mla import files, memory, paths, sharding
 from mla import model as model_lib
 from mla.data.pipeline import Data, eval_windows, load_data, train_batches
 from mla.errors import UserError
@@ -284,6 +284,7 @@ def check(trials: Sequence[Trial], folder: Path, *, on_these_devices: bool = Tru
       if trial.arm not in models:
         if on_these_devices:
           mesh = sharding.make_mesh(trial.config.mesh.to_dict())
+          backends.check(trial.config.attention_impl, mesh)
           memory.check_training(trial.config, mesh)
         source = json.dumps(trial.config.data.to_dict(), sort_keys=True)
         if source not in texts:

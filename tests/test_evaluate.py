@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from conftest import tiny_config
 from flax import nnx
 
 from mla import evaluate, plots, sharding, tables
+from mla.backends import cpu
 from mla.data.pipeline import eval_windows, load_data
 from mla.model import allocate_cache, forward
 from mla.train import train_and_evaluate
@@ -83,6 +85,16 @@ def test_a_second_reading_of_the_protocol_agrees(trained, arm):
   low, high = exact['perplexity_ci95']
   assert low < exact['perplexity'] < high
   assert exact['kv_cache_bytes_per_token'] == 2 * rough['kv_cache_bytes_per_token']
+
+
+def test_a_run_is_read_where_the_backend_that_trained_it_is_not(trained, tmp_path, monkeypatch):
+  workdir = shutil.copytree(trained('mla'), tmp_path / 'run')
+  usual, _ = evaluate.score_run(workdir, 'float32', max_tokens=64)
+  config = json.loads((workdir / 'config.json').read_text())
+  (workdir / 'config.json').write_text(json.dumps({**config, 'attention_impl': 'cpu'}))
+  monkeypatch.setattr(cpu, 'missing', lambda: 'there is no C++ compiler')
+  elsewhere, _ = evaluate.score_run(workdir, 'float32', max_tokens=64)
+  assert elsewhere['perplexity'] == pytest.approx(usual['perplexity'], rel=1e-5)
 
 
 @pytest.mark.parametrize('chunk', [1, 5, 32])

@@ -19,6 +19,7 @@ FLAGS = {
   'JAX_NUMPY_DTYPE_PROMOTION=strict': lambda: jax.numpy_dtype_promotion('strict'),
   'JAX_DEFAULT_PRNG_IMPL=rbg': lambda: jax.default_prng_impl('rbg'),
 }
+UNSAFE = {'JAX_DEFAULT_PRNG_IMPL=unsafe_rbg': lambda: jax.default_prng_impl('unsafe_rbg')}
 
 
 def config_of(text: Path):
@@ -69,7 +70,7 @@ def test_a_run_goes_on_under_another_flag(usual, text, tmp_path):
   np.testing.assert_allclose(losses[-1], usual[-5], rtol=1e-6)
 
 
-@pytest.mark.parametrize('flag', FLAGS)
+@pytest.mark.parametrize('flag', FLAGS | UNSAFE)
 def test_generation_writes_the_same(flag):
   def written() -> np.ndarray:
     model = model_lib.make_model(tiny_config('gqa', num_layers=1), 11)
@@ -82,5 +83,5 @@ def test_generation_writes_the_same(flag):
     return np.asarray(tokens)
 
   expected = written()
-  with FLAGS[flag]():
+  with (FLAGS | UNSAFE)[flag]():
     np.testing.assert_array_equal(written(), expected)

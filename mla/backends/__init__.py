@@ -21,6 +21,7 @@ from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from mla.backends import blockwise
@@ -136,6 +137,12 @@ def rms_norm(x: Array, gain: Array, epsilon: float) -> Array:
   if plugin is not None:
     return plugin.rms_norm(x, gain, epsilon)
   return blockwise.rms_norm(x, gain, epsilon)
+
+
+def check(impl: str, mesh: Mesh) -> None:
+  """Raises UserError if impl can't run on the mesh's devices; for before anything is made."""
+  with jax.set_mesh(mesh):
+    _chosen(impl)
 
 
 def prepare(rows: int, *, cores: int = 0, mesh: Mapping[str, int] | None = None) -> None:

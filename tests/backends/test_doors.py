@@ -1,4 +1,4 @@
-"""The door and the C++ entries behind it: what does not fit is refused, not read out of bounds."""
+"""The door, the same for every backend: what does not fit is refused; and which one is chosen."""
 
 import functools
 import subprocess
@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from mla import backends
 from mla import model as model_lib
 from mla.backends import cpu
 from mla.cache import Stored, allocate, quantise
+from mla.config import ATTENTION_IMPLS
 from mla.errors import UserError
+from mla.train import train_and_evaluate
 
 compiled = pytest.mark.skipif(bool(cpu.missing()), reason=cpu.missing())
 IMPLS = [pytest.param('cpu', marks=compiled), 'blockwise']
@@ -24,92 +27,6 @@ KEY = jax.random.key(0)
 
 def draw(*shape: int, dtype=jnp.float32):
   return jax.random.normal(jax.random.fold_in(KEY, sum(shape)), shape, dtype)
-
-
-# The entries themselves, as anybody can call them.
-
-CAUSAL = [(2, 5, 4, 8), (2, 5, 2, 8), (2, 5, 2, 6)]  # queries, keys, values
-SPOILT_CAUSAL = {
-  'bfloat16 queries': lambda q, k, v: (q.astype(jnp.bfloat16), k, v),
-  'integer keys': lambda q, k, v: (q, k.astype(jnp.int32), v),
-  'keys of three axes': lambda q, k, v: (q, k[0], v),
-  'keys of another batch': lambda q, k, v: (q, k[:1], v),
-  'a shorter key': lambda q, k, v: (q, k[:, :3], v),
-  'keys of other dims': lambda q, k, v: (q, k[..., :4], v),
-  'values of another length': lambda q, k, v: (q, k, v[:, :4]),
-  'three key heads for four queries': lambda q, k, v: (q, draw(2, 5, 3, 8), draw(2, 5, 3, 6)),
-  'two key heads beside four of the values': lambda q, k, v: (q, k, draw(2, 5, 4, 6)),
-  'an array less': lambda q, k, v: (q, k),
-}
-
-
-@compiled
-@pytest.mark.parametrize('spoil', SPOILT_CAUSAL.values(), ids=SPOILT_CAUSAL)
-def test_the_causal_entry_refuses_what_does_not_fit(spoil):
-  results = [jax.ShapeDtypeStruct((2, 5, 4, 6), jnp.float32)]
-  results += [jax.ShapeDtypeStruct((2, 4, 5), jnp.float32)]
-  call = jax.ffi.ffi_call('mla_causal_forward', results)
-  arrays = [draw(*shape) for shape in CAUSAL]
-  call(*arrays, parts=np.int64(1), scale=np.float32(1))  # as they are, they fit
-  with pytest.raises(jax.errors.JaxRuntimeError, match='INVALID_ARGUMENT'):
-    jax.block_until_ready(call(*spoil(*arrays), parts=np.int64(1), scale=np.float32(1)))
-
-
-def cached_arrays() -> dict[str, jax.Array]:
-  """Two rows, two key heads of four queries, twelve slots: B and K are one axis."""
-  return {
-    'queries': draw(2, 1, 4, 8),
-    'keys': draw(4, 12, 8),
-    'key scales': jnp.zeros((4, 0)),
-    'values': draw(4, 12, 6),
-    'value scales': jnp.zeros((4, 0)),
-    'positions': jnp.array([[3], [11]], jnp.int32),
-  }
-
-
-SPOILT_CACHED = {
-  'int64-sized positions': ('positions', lambda x: x.astype(jnp.float32)),
-  'positions of one row': ('positions', lambda x: x[:1]),
-  'float16 keys': ('keys', lambda x: x.astype(jnp.float16)),
-  'int8 without scales': ('keys', lambda x: x.astype(jnp.int8)),
-  'fewer slots of values': ('values', lambda x: x[:, :11]),
-  'three heads in all': ('keys', lambda x: x[:3]),
-  'other dims': ('keys', lambda x: x[..., :7]),
-  'half-precision queries': ('queries', lambda x: x.astype(jnp.bfloat16)),
-}
-
-
-@compiled
-@pytest.mark.parametrize(('name', 'spoil'), SPOILT_CACHED.values(), ids=SPOILT_CACHED)
-def test_the_cached_entry_refuses_what_does_not_fit(name, spoil):
-  call = jax.ffi.ffi_call('mla_cached_forward', [jax.ShapeDtypeStruct((2, 1, 4, 6), jnp.float32)])
-  arrays = cached_arrays()
-  call(*arrays.values(), parts=np.int64(1), scale=np.float32(1))
-  arrays[name] = spoil(arrays[name])
-  with pytest.raises(jax.errors.JaxRuntimeError, match='INVALID_ARGUMENT'):
-    jax.block_until_ready(call(*arrays.values(), parts=np.int64(1), scale=np.float32(1)))
-
-
-@compiled
-@pytest.mark.parametrize(
-  ('new', 'starts', 'axis'),
-  [
-    (draw(2, 13, 4), jnp.zeros(2, jnp.int32), 1),  # more slots than there are
-    (draw(2, 3, 5), jnp.zeros(2, jnp.int32), 1),
-    (draw(2, 3, 4).astype(jnp.bfloat16), jnp.zeros(2, jnp.int32), 1),
-    (draw(2, 3, 4), jnp.zeros(1, jnp.int32), 1),
-    (draw(2, 3, 4), jnp.zeros(2, jnp.float32), 1),
-    (draw(2, 3, 4), jnp.zeros(2, jnp.int32), 7),
-  ],
-)
-def test_the_append_entry_refuses_what_does_not_fit(new, starts, axis):
-  into = draw(2, 12, 4)
-  call = jax.ffi.ffi_call('mla_append', jax.ShapeDtypeStruct(into.shape, into.dtype))
-  with pytest.raises(jax.errors.JaxRuntimeError, match='INVALID_ARGUMENT'):
-    jax.block_until_ready(call(into, new, starts, axis=np.int64(axis)))
-
-
-# The door, the same for every backend.
 
 
 @pytest.mark.parametrize('impl', IMPLS)
@@ -131,17 +48,68 @@ def test_the_door_names_the_array_that_does_not_fit(impl, queries, keys, values,
 
 
 @pytest.mark.parametrize('impl', IMPLS)
-def test_a_key_part_of_one_head_is_shared_by_two_value_heads(impl):
+@pytest.mark.parametrize(
+  ('spoil', 'said'),
+  [
+    (lambda q, k, v, p: (q[:, :, :3], k, v, p), 'do not share 2 key heads'),
+    (lambda q, k, v, p: (q, k[:1], v, p), r'cached keys\[0\]'),
+    (lambda q, k, v, p: (q, k[:, :, :8], v, p), r'cached keys\[0\]'),
+    (lambda q, k, v, p: (q, k[..., :7], v, p), r'cached keys\[0\]'),
+    (lambda q, k, v, p: (q, k[:, :, 0], v, p), r'cached keys\[0\]'),
+    (lambda q, k, v, p: (q, k.astype(jnp.float16), v, p), 'float16; must be one of float32'),
+    (lambda q, k, v, p: (q, k, v.astype(jnp.int8), p), 'int8, scales: False'),
+    (lambda q, k, v, p: (q, k, v, p.astype(jnp.float32)), 'positions: float32'),
+    (lambda q, k, v, p: (q, k, v, p[:1]), 'positions'),
+    (lambda q, k, v, p: (q.astype(jnp.int32), k, v, p), 'queries: int32; must be floats'),
+  ],
+)
+def test_the_door_to_a_cache_names_what_does_not_fit(impl, spoil, said):
+  arrays = draw(2, 1, 4, 8), draw(2, 2, 9, 8), draw(2, 2, 9, 6), jnp.array([[3], [8]])
+  query, key, values, positions = spoil(*arrays)
+  with pytest.raises(ValueError, match=said) as caught:
+    backends.cached_attention(
+      [query], [Stored(key, None)], Stored(values, None), positions, scale=1.0, impl=impl
+    )
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_what_is_of_mixed_dtypes_is_refused(impl):
+  q, k, v = draw(2, 5, 4, 8), draw(2, 5, 2, 8), draw(2, 5, 2, 6)
+  with pytest.raises(ValueError, match='values: bfloat16, queries float32'):
+    backends.causal_attention([q], [k], v.astype(jnp.bfloat16), scale=1.0, impl=impl)
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_float64_is_computed_as_such(impl):
+  """The C++ has no float64: it leaves that to blockwise."""
+  rng = np.random.default_rng(0)
+  q, k, v = (rng.standard_normal((1, 6, 2, 4)) for _ in range(3))
+  with jax.enable_x64(True):
+    attend = functools.partial(backends.causal_attention, scale=0.5, impl=impl)
+    got = attend([jnp.asarray(q)], [jnp.asarray(k)], jnp.asarray(v))
+  assert got.dtype == np.float64
+  for t, h in np.ndindex(6, 2):
+    weights = np.exp(k[0, : t + 1, h] @ q[0, t, h] * 0.5)
+    np.testing.assert_allclose(got[0, t, h], weights @ v[0, : t + 1, h] / weights.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (2, 1, 2)])
+def test_a_key_part_of_one_head_is_shared_by_two_value_heads(impl, sizes):
   """Read through a cache, as float64 numpy has it; the C++ read it out of bounds."""
+  axes = ('data', 'fsdp', 'tensor')
+  devices = jax.devices()[: np.prod(sizes)]
+  mesh = jax.make_mesh(sizes, axes, axis_types=(AxisType.Auto,) * 3, devices=devices)
   rng = np.random.default_rng(0)
   q = [rng.standard_normal((2, 1, 4, n)).astype(np.float32) for n in (8, 4)]
   k = rng.standard_normal((2, 2, 9, 8)), rng.standard_normal((2, 1, 9, 4))
   v = rng.standard_normal((2, 2, 9, 6))
   positions = np.array([[8], [4]])
   stored = [Stored(jnp.asarray(x, jnp.float32), None) for x in (*k, v)]
-  got = backends.cached_attention(
-    [jnp.asarray(x) for x in q], stored[:2], stored[2], jnp.asarray(positions), scale=0.3, impl=impl
-  )
+  read = functools.partial(backends.cached_attention, scale=0.3, impl=impl)
+  with jax.set_mesh(mesh):
+    got = jax.jit(read)([jnp.asarray(x) for x in q], stored[:2], stored[2], jnp.asarray(positions))
   keys = np.concatenate([k[0], np.broadcast_to(k[1], (2, 2, 9, 4))], -1)
   queries = np.concatenate(q, -1).astype(np.float64)
   for b, h in np.ndindex(2, 4):
@@ -187,19 +155,47 @@ def test_a_row_without_room_keeps_what_it_has_and_the_others_are_written(impl, d
 
 
 @pytest.mark.parametrize('impl', IMPLS)
-def test_decoding_past_the_end_is_never_a_wrong_logit(impl):
-  """Refused where shapes tell it; else NaN, in the row without room only."""
-  config = tiny_config('mla', attention_impl=impl, num_layers=1)
+@pytest.mark.parametrize(
+  ('arm', 'dtype'), [('mla', 'float32'), ('mqa', 'bfloat16'), ('gqa', 'int8')]
+)
+def test_decoding_past_the_end_is_never_a_wrong_logit(impl, arm, dtype):
+  """Refused where shapes tell it; else NaN, then and ever after, in the row without room only."""
+  config = tiny_config(arm, attention_impl=impl, num_layers=1)
   model = model_lib.make_model(config, 11)
-  cache = model_lib.allocate_cache(model, batch=2, slots=10, dtype='float32')
+  cache = model_lib.allocate_cache(model, batch=2, slots=10, dtype=dtype)
   tokens = jnp.ones((2, 20), jnp.int32)
+  decode = jax.jit(lambda cache, tokens: model_lib.decode(model, cache, tokens))
   with pytest.raises(ValueError, match='20 tokens do not fit in a cache of 10 slots'):
-    model_lib.decode(model, cache, tokens)
-  _, cache = model_lib.prefill(model, cache, tokens[:, :9], jnp.array([9, 4]))
-  logits, cache = model_lib.decode(model, cache, tokens[:, :2])
-  assert np.all(np.isnan(logits[0])) and np.all(np.isfinite(logits[1]))
-  whole = model_lib.forward(model, jnp.ones((1, 6), jnp.int32))
-  np.testing.assert_allclose(logits[1], whole[0, 4:], atol=1e-4)
+    decode(cache, tokens)
+  prefill = jax.jit(functools.partial(model_lib.prefill, model))
+  _, cache = prefill(cache, tokens[:, :9], jnp.array([9, 4]))
+  found = []
+  for _ in range(3):
+    logits, cache = decode(cache, tokens[:, :2])
+    assert np.all(np.isnan(logits[0]))
+    found.append(logits[1])
+  whole = jax.jit(lambda tokens: model_lib.forward(model, tokens))(tokens[:1, :10])
+  bound = {'float32': 1e-4, 'bfloat16': 0.05, 'int8': 0.05}[dtype]
+  np.testing.assert_allclose(np.concatenate(found), whole[0, 4:], atol=bound)
+  assert np.all(np.isnan(decode(cache, tokens[:, :1])[0]))  # now the other is full too
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_a_length_that_a_prompt_cannot_have_gives_nothing_that_looks_real(impl):
+  model = model_lib.make_model(tiny_config('mla', attention_impl=impl, num_layers=1), 11)
+  cache = model_lib.allocate_cache(model, batch=4, slots=12, dtype='float32')
+  prompts, lengths = jnp.ones((4, 5), jnp.int32), jnp.array([6, 3, -1, 0])
+
+  @jax.jit
+  def run(cache):
+    _, cache = model_lib.prefill(model, cache, prompts, lengths)
+    return model_lib.decode(model, cache, prompts[:, :1])[0]
+
+  logits = run(cache)
+  assert [bool(np.all(np.isnan(row))) for row in logits] == [True, False, True, False]
+  key = jax.random.key(0, impl=model_lib.PRNG)
+  tokens, _ = model_lib.generate(model, cache, prompts, lengths, key, steps=3)
+  assert np.all(np.asarray(tokens)[[0, 2, 3]] == -1) and np.all(np.asarray(tokens)[1] >= 0)
 
 
 # Which backend.
@@ -227,6 +223,40 @@ def calls_cpp(impl: str) -> bool:
 @compiled
 def test_the_config_chooses_the_backend():
   assert [calls_cpp(impl) for impl in ('auto', 'cpu', 'blockwise')] == [True, True, False]
+
+
+TPU = AbstractDevice(device_kind='TPU v5e', num_cores=1, platform='tpu')
+
+
+def test_the_mesh_chooses_the_backend():
+  """Here nothing but a CPU is found: what is compiled for a TPU must not call its C++."""
+  axes, types = ('data', 'fsdp', 'tensor'), (AxisType.Auto,) * 3
+  mesh = AbstractMesh((1, 1, 1), axes, axis_types=types, abstract_device=TPU)
+  x, layer = draw(2, 8, 4, 8), allocate({'k': (4, 8)}, num_layers=1, batch=2, slots=9, dtype='int8')
+
+  def run(x, stored):
+    stored = backends.append(stored, x, jnp.zeros(2, jnp.int32))
+    at = jnp.zeros((2, 8), jnp.int32)
+    read = backends.cached_attention([x], [stored], stored, at, scale=1.0)
+    return read + backends.causal_attention([x], [x], x, scale=1.0)
+
+  with jax.sharding.use_abstract_mesh(mesh):
+    lowered = jax.jit(run).trace(x, layer.layers[0]['k']).lower(lowering_platforms=('tpu',))
+    assert 'mla_' not in lowered.as_text()
+    with pytest.raises(UserError, match='attention_impl=cpu: is not for tpu'):
+      backends.causal_attention([x], [x], x, scale=1.0, impl='cpu')
+
+
+def test_config_and_door_know_the_same_backends():
+  assert set(ATTENTION_IMPLS) == {'auto', 'blockwise', *backends.PLATFORMS}
+
+
+def test_a_run_that_cannot_have_its_backend_makes_nothing(text, tmp_path, monkeypatch):
+  config = tiny_config('mla', attention_impl='cpu', data__files=str(text))
+  monkeypatch.setattr(cpu, 'missing', lambda: 'there is no C++ compiler')
+  with pytest.raises(UserError, match='attention_impl=cpu: there is no C.. compiler'):
+    train_and_evaluate(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
 
 
 WITHOUT = """

@@ -7,6 +7,7 @@ Everything is float32 inside; a cache is read as it lies. Without a C++ compiler
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from types import NotImplementedType
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,9 @@ def prepare(rows: int, cores: int, mesh: Mapping[str, int]) -> None:
   host.keep_freed_memory()
 
 
-def causal(queries: Sequence[Array], keys: Sequence[Array], values: Array, scale: float) -> Array:
+def causal(
+  queries: Sequence[Array], keys: Sequence[Array], values: Array, scale: float
+) -> Array | NotImplementedType:
   """blockwise.causal of up to 32 bits."""
   if values.dtype.itemsize > 4:
     return NotImplemented
@@ -117,7 +120,7 @@ def cached(
   values: Stored,
   positions: Int[Array, 'B T'],
   scale: float,
-) -> Array:
+) -> Array | NotImplementedType:
   """blockwise.cached of queries up to 32 bits. Slots beyond a row's last position are not read."""
   if queries[0].dtype.itemsize > 4:
     return NotImplemented

@@ -19,20 +19,27 @@
 namespace {
 
 // run(0) .. run(tasks - 1), on this thread and on those of XLA's pool that are free. This thread waits
-// for nothing but tasks already begun, so it is safe on a pool whose threads all wait like this.
+// for nothing but tasks already begun, so it is safe on a pool whose threads all wait like this. Where
+// one has too little memory, the others end first: they read what this call holds.
 template <typename Run>
 void parallel(ffi::ThreadPool pool, int64_t tasks, const Run& run) {
   struct Shared {
     std::atomic<int64_t> next{0}, done{0};
+    std::atomic<bool> failed{false};
   };
   auto shared = std::make_shared<Shared>();
   auto work = [shared, tasks, &run] {
-    for (int64_t task; (task = shared->next++) < tasks; ++shared->done) run(task);
+    for (int64_t task; (task = shared->next++) < tasks; ++shared->done) try {
+        run(task);
+      } catch (const std::bad_alloc&) {
+        shared->failed = true;
+      }
   };
   const int64_t helpers = std::min<int64_t>(pool.num_threads(), tasks) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(work));
   work();
   while (shared->done < tasks) std::this_thread::yield();
+  if (shared->failed) throw std::bad_alloc();
 }
 
 // Memory for one task, not zeroed, each piece on a cache line of its own. A thread keeps what it has
@@ -44,7 +51,10 @@ class Scratch {
     Piece& piece = kept()[next_++];
     if (piece.floats < floats) {
       const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
-      piece = {floats, {static_cast<float*>(std::aligned_alloc(64, bytes)), &std::free}};
+      piece = {};  // or it and its successor would be held at once
+      piece.memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+      if (!piece.memory) throw std::bad_alloc();
+      piece.floats = floats;
     }
     return piece.memory.get();
   }
