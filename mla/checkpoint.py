@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 
 from mla import checksums, files, hosts, metrics
 from mla import config as config_lib
-from mla.errors import MachineError, UserError, first_line
+from mla.errors import MachineError, UserError, causes, first_line
 from mla.workdir import difference, read_config
 
 SAVED = '.saved'  # a file that says that the run once had a checkpoint
@@ -77,9 +77,9 @@ class Checkpoints:
     self._opened = folder.st_dev, folder.st_ino
 
   def _prepare(self) -> None:
-    if self._path.is_symlink():
-      raise UserError(f'{self._path}: is a link; move its folder here, or link the whole workdir')
     try:
+      if self._path.is_symlink():
+        raise UserError(f'{self._path}: is a link; move its folder here, or link the whole workdir')
       self._path.mkdir(exist_ok=True)
       self._clear_unfinished()
       if self.steps():
@@ -322,11 +322,12 @@ class Checkpoints:
       if refused is not None:
         raise files.cannot(f'{folder}: cannot be read', refused, 'permit that') from error
       unchecked = not (folder / checksums.NAME).exists()
+      reason = first_line(list(causes(error))[-1])
       if unchecked and _is_proof(error):
-        raise Damaged(f'{part}: {first_line(error)}') from error
+        raise Damaged(f'{part}: {reason}') from error
       whole = 'nothing proves it damaged' if unchecked else 'its files are whole'
       raise UserError(
-        f'{folder}/{part}: does not fit this run, though {whole} ({first_line(error)}); go on with '
+        f'{folder}/{part}: does not fit this run, though {whole} ({reason}); go on with '
         'the version and the JAX settings that wrote it, or use another --workdir'
       ) from error
     return unflatten(abstract, flat)
@@ -382,7 +383,11 @@ def _is_step(name: str) -> bool:
 def _is_proof(error: Exception) -> bool:
   """Whether a library's error, on files the system gives, can only come from their content."""
   kinds = (json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError)
-  return isinstance(error, kinds) or 'DATA_LOSS' in str(error)
+  # TensorStore's, in the middle of a file; on a whole one that lacks a name it is `Metadata at`.
+  text = (
+    r'DATA_LOSS|Data corruption|(OUT_OF_RANGE|FAILED_PRECONDITION|NOT_FOUND): .*Error reading "'
+  )
+  return any(isinstance(cause, kinds) or re.search(text, str(cause)) for cause in causes(error))
 
 
 def flatten(tree) -> dict[str, Any]:

@@ -72,6 +72,8 @@ def log_plainly() -> None:
   # By force, as some library logs while it is imported, which sets up a format of its own.
   logging.basicConfig(format='warning: %(message)s', level=logging.WARNING, force=True)
   absl.logging.set_verbosity(absl.logging.FATAL)
+  # Where one of Orbax' reads fails, the others protest as they are taken down: a traceback each.
+  sys.unraisablehook = lambda what: None
 
 
 def use_compilation_cache() -> None:

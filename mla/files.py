@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import filelock
 
-from mla.errors import MachineError, UserError
+from mla.errors import MachineError, UserError, causes
 
 # What no other path or value would cure: the machine lacks space, handles or memory.
 EXHAUSTED = {
@@ -48,10 +48,7 @@ def refusal(error: BaseException) -> OSError | None:
 
   Only what another try can mend: rights, space, handles, memory. Libraries in C++ tell it as text.
   """
-  causes: list[BaseException | None] = [error]
-  for cause in causes:  # grows on the way
-    if cause is None or len(causes) > 100:
-      continue
+  for cause in causes(error):
     told = re.search(r'OS error (\d+)|\[Errno (\d+)\]', str(cause))
     number = cause.errno if isinstance(cause, OSError) else None
     if number is None and told:
@@ -60,9 +57,6 @@ def refusal(error: BaseException) -> OSError | None:
       number = errno.ENOMEM
     if number in EXHAUSTED or number in REFUSALS:
       return OSError(number, os.strerror(number))
-    if isinstance(cause, BaseExceptionGroup):
-      causes += cause.exceptions
-    causes += [cause.__cause__, None if cause.__suppress_context__ else cause.__context__]
   return None
 
 
