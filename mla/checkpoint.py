@@ -102,7 +102,12 @@ class Checkpoints:
           # Waiting for a folder that could not be made would last until the timeout.
           create_directories_asynchronously=False,
         )
-        handler = ocp.CompositeCheckpointHandler('params', 'training', 'run')
+        handler = ocp.CompositeCheckpointHandler(
+          'params',
+          'training',
+          'run',
+          composite_options=ocp.CompositeOptions(async_options=options),
+        )
         self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
       self._writing = step
       run = {**run, 'checksums': checksums.NAME}

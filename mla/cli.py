@@ -7,6 +7,7 @@ import re
 import runpy
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,8 +73,11 @@ def log_plainly() -> None:
   # By force, as some library logs while it is imported, which sets up a format of its own.
   logging.basicConfig(format='warning: %(message)s', level=logging.WARNING, force=True)
   absl.logging.set_verbosity(absl.logging.FATAL)
-  # Where one of Orbax' reads fails, the others protest as they are taken down: a traceback each.
+  # A compiled program that cannot be kept, or read, is compiled again.
+  warnings.filterwarnings('ignore', '.*persistent compilation cache entry')
+  # Where one of Orbax' reads or writes fails, which it raises, the others protest as they go.
   sys.unraisablehook = lambda what: None
+  warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
 
 
 def use_compilation_cache() -> None:

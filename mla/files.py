@@ -49,10 +49,10 @@ def refusal(error: BaseException) -> OSError | None:
   Only what another try can mend: rights, space, handles, memory. Libraries in C++ tell it as text.
   """
   for cause in causes(error):
-    told = re.search(r'OS error (\d+)|\[Errno (\d+)\]', str(cause))
+    told = re.search(r"(OS error |\[Errno |os_error_code=')(\d+)", str(cause))
     number = cause.errno if isinstance(cause, OSError) else None
     if number is None and told:
-      number = int(told[1] or told[2])
+      number = int(told[2])
     if number is None and (isinstance(cause, MemoryError) or 'RESOURCE_EXHAUSTED' in str(cause)):
       number = errno.ENOMEM
     if number in EXHAUSTED or number in REFUSALS:

@@ -1,10 +1,15 @@
 """Training as a process that may die: what it leaves, and that it goes on exactly."""
 
+import contextlib
+import fcntl
+import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,9 +20,9 @@ from conftest import SHORT_RUN, tiny_config
 from mla import metrics
 from mla.checkpoint import Checkpoints
 from mla.data.pipeline import load_data
-from mla.errors import Diverged, UserError
-from mla.train import train_and_evaluate
-from mla.workdir import claim_workdir, read_config
+from mla.errors import Diverged, MachineError, UserError
+from mla.train import Ending, train_and_evaluate
+from mla.workdir import LOCK, claim_workdir, read_config
 
 ROOT = Path(__file__).parent.parent
 FIELDS = {
@@ -101,18 +106,20 @@ def test_after_sigkill_a_run_goes_on_bit_for_bit(text, undisturbed, tmp_path):
   assert 'already trained to step 200 of 200' in again.stdout
 
 
-def test_sigterm_saves_and_says_so(text, undisturbed, tmp_path):
+def test_sigterm_and_ctrl_c_save_and_say_so(text, undisturbed, tmp_path):
   workdir = tmp_path / 'run'
-  process = subprocess.Popen(
-    long_command(text, workdir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-  )
-  wait_for_step(workdir, 33, process)
-  process.send_signal(signal.SIGTERM)
-  out, err = process.communicate(timeout=100)
-  assert process.returncode == 143, err
-  stopped_at = figures(workdir)[-1]['step']
-  assert f'stopped by SIGTERM at step {stopped_at}, saved' in out
-  assert (workdir / 'checkpoints' / str(stopped_at)).is_dir()
+  for step, number, name in ((33, signal.SIGTERM, 'SIGTERM'), (90, signal.SIGINT, 'Ctrl-C')):
+    process = subprocess.Popen(
+      long_command(text, workdir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_step(workdir, step, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 128 + number, err
+    assert not err
+    stopped_at = figures(workdir)[-1]['step']
+    assert f'stopped by {name} at step {stopped_at}, saved' in out
+    assert (workdir / 'checkpoints' / str(stopped_at)).is_dir()
   done = subprocess.run(long_command(text, workdir), capture_output=True, text=True)
   assert f'from step {stopped_at}' in done.stdout
   assert figures(workdir) == figures(undisturbed)
@@ -136,18 +143,19 @@ def test_killed_in_an_evaluation_it_makes_up_for_it(text, trained, tmp_path, mon
   assert figures(tmp_path / 'run') == figures(trained)
 
 
-def test_sigterm_before_the_first_step_is_not_lost(text, tmp_path, monkeypatch):
+@pytest.mark.parametrize('ending', [Ending.SIGTERM, Ending.CTRL_C])
+def test_a_signal_before_the_first_step_is_not_lost(text, tmp_path, monkeypatch, ending):
   import mla.train
 
   def load_and_be_told(config):
-    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(ending.value)
     return load_data(config)
 
-  before = signal.getsignal(signal.SIGTERM)
+  before = signal.getsignal(ending.value)
   monkeypatch.setattr(mla.train, 'load_data', load_and_be_told)
-  assert not train_and_evaluate(config_of(text), tmp_path / 'run')
+  assert train_and_evaluate(config_of(text), tmp_path / 'run') is ending and not ending
   assert Checkpoints(tmp_path / 'run').steps() == [1]
-  assert signal.getsignal(signal.SIGTERM) == before
+  assert signal.getsignal(ending.value) == before
 
 
 @pytest.fixture(scope='module')
@@ -302,3 +310,161 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(text, tmp_path, mon
     train_and_evaluate(config, workdir)
   assert Checkpoints(workdir).steps() == [3, 6, 7]
   assert all(np.isfinite(line['loss']) for line in figures(workdir) if 'loss' in line)
+
+
+# Nothing healthy is lost.
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in folder.rglob('*')
+    if path.is_file() and path.name != LOCK
+  }
+
+
+def lose_all(run: Path) -> None:
+  for step in Checkpoints(run).steps():
+    shutil.rmtree(run / 'checkpoints' / str(step))
+
+
+def lose_the_folder(run: Path) -> None:
+  shutil.rmtree(run / 'checkpoints')
+
+
+def lose_all_of_an_older_run(run: Path) -> None:
+  (run / '.saved').unlink()  # which older versions did not leave: their metrics tell
+  lose_all(run)
+
+
+def set_all_aside(run: Path) -> None:
+  (run / '.saved').unlink()
+  (run / 'checkpoints').rename(run / 'checkpoints-damaged')
+
+
+@pytest.mark.parametrize(
+  'lose', [lose_all, lose_the_folder, lose_all_of_an_older_run, set_all_aside]
+)
+def test_a_run_without_its_checkpoints_does_not_start_anew(text, copy, lose):
+  lose(copy)
+  before = tree(copy)
+  for _ in range(2):
+    with pytest.raises(UserError, match='checkpoints: .*start again with a new --workdir'):
+      train_and_evaluate(config_of(text), copy)
+    assert tree(copy) == before  # the metrics, too
+
+
+def test_killed_before_its_first_checkpoint_a_run_starts_anew(text, trained, copy):
+  (copy / '.saved').unlink()
+  lose_all(copy)
+  told = [line for line in metrics.read(copy / 'metrics.jsonl') if line['step'] <= 3]
+  (copy / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in told))
+  assert train_and_evaluate(config_of(text), copy)
+  assert figures(copy) == figures(trained)
+
+
+def test_a_changed_digit_in_config_json_trains_no_other_model(text, copy):
+  path = copy / 'config.json'
+  path.write_text(path.read_text().replace('"rope_base": 100.0', '"rope_base": 110.0'))
+  before = tree(copy)
+  for base in (100.0, 110.0):  # whichever of the two is asked for
+    with pytest.raises(UserError, match=f'rope_base={base}'):
+      train_and_evaluate(config_of(text, rope_base=base), copy)
+  assert tree(copy) == before
+
+
+@contextlib.contextmanager
+def held(workdir: Path):
+  """The lease in other hands."""
+  with (workdir / LOCK).open('a') as file:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield
+
+
+def test_two_do_not_train_in_one_workdir(text, trained, copy):
+  shutil.rmtree(copy / 'checkpoints' / '12')
+  before = tree(copy)
+  with (
+    held(copy),
+    pytest.raises(UserError, match='--workdir=.*: another process is training there'),
+  ):
+    train_and_evaluate(config_of(text), copy)
+  assert tree(copy) == before
+  held_meanwhile = []
+
+  def report(step, evaluation):
+    with pytest.raises(BlockingIOError), held(copy):
+      held_meanwhile.append(False)
+    held_meanwhile.append(True)
+
+  assert train_and_evaluate(config_of(text), copy, report=report)
+  assert held_meanwhile == [True]
+  with held(copy):
+    pass
+  assert figures(copy) == figures(trained)
+
+
+@contextlib.contextmanager
+def limited(kind: int, most: int):
+  before = resource.getrlimit(kind)
+  resource.setrlimit(kind, (most, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(kind, before)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'most', 'said'),
+  [
+    (resource.RLIMIT_FSIZE, 6000, 'checkpoint 6 cannot be written: the limit on a file size'),
+    (resource.RLIMIT_FSIZE, 10, 'the limit on a file size is reached; mend that'),
+    (resource.RLIMIT_NOFILE, 3, 'checkpoint 6 cannot be written: the limit on open files'),
+  ],
+)
+def test_what_the_machine_lacks_ends_in_one_line_and_the_run_goes_on(
+  text, trained, tmp_path, kind, most, said
+):
+  run = tmp_path / 'run'
+  with contextlib.ExitStack() as until_the_end:
+
+    def report(step, evaluation):
+      while not Checkpoints(run).steps():  # the one before is on its way
+        time.sleep(0.01)
+      used = len(os.listdir('/proc/self/fd')) if kind == resource.RLIMIT_NOFILE else 0
+      until_the_end.enter_context(limited(kind, used + most))
+
+    with pytest.raises(MachineError, match=said) as told:
+      train_and_evaluate(config_of(text), run, report=report)
+    assert '\n' not in str(told.value)
+  # Orbax' threads, which Python waits for at its end.
+  assert not [t for t in threading.enumerate() if not t.daemon and 'Signaling' in type(t).__name__]
+  assert Checkpoints(run).steps() == [3]
+  assert train_and_evaluate(config_of(text), run)
+  assert figures(run) == figures(trained)
+
+
+@pytest.mark.parametrize('name', ['run', 'run/checkpoints'])
+def test_a_folder_that_vanishes_ends_in_one_line_and_the_run_goes_on(text, trained, tmp_path, name):
+  run = tmp_path / 'run'
+
+  def report(step, evaluation):
+    (tmp_path / name).rename(tmp_path / 'gone')
+
+  with pytest.raises(MachineError, match='checkpoints: the folder has gone.*put it back') as told:
+    train_and_evaluate(config_of(text), run, report=report)
+  assert '\n' not in str(told.value)
+  assert not (tmp_path / name).exists()  # nothing is begun in its place
+  (tmp_path / 'gone').rename(tmp_path / name)
+  assert train_and_evaluate(config_of(text), run)
+  assert figures(run) == figures(trained)
+
+
+def test_a_run_stopped_by_ctrl_c_goes_on_bit_for_bit(text, trained, tmp_path):
+  def stop(step, evaluation):
+    signal.raise_signal(signal.SIGINT)
+
+  assert train_and_evaluate(config_of(text), tmp_path / 'run', report=stop) is Ending.CTRL_C
+  assert Checkpoints(tmp_path / 'run').steps() == [3, 6, 7]
+  assert train_and_evaluate(config_of(text), tmp_path / 'run')
+  assert figures(tmp_path / 'run') == figures(trained)
