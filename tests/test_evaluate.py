@@ -1,5 +1,6 @@
 """Perplexity read through the cache, against a second reading of the protocol in evaluate.py."""
 
+import fcntl
 import functools
 import json
 import math
@@ -19,6 +20,7 @@ from flax import nnx
 from mla import evaluate, plots, sharding, tables
 from mla.backends import cpu
 from mla.data.pipeline import eval_windows, load_data
+from mla.errors import UserError
 from mla.model import allocate_cache, forward
 from mla.train import train_and_evaluate
 
@@ -223,3 +225,50 @@ def test_a_picture_needs_no_interval(tmp_path, interval):
   """None of too few windows; one turned round by rounding where all windows are alike."""
   plots.save(plots.perplexity, tmp_path / 'x.png', [RUN, RUN | {'perplexity_ci95': interval}])
   assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_run_is_read_without_a_word_written(trained, tmp_path):
+  """So a workdir that may only be read will do, and one in which a trainer is at work."""
+  run = Path(shutil.copytree(trained('mla'), tmp_path / 'run'))
+
+  def seen() -> dict[Path, tuple[int, int]]:
+    return {p: (p.stat().st_mode, p.stat().st_mtime_ns) for p in (run, *run.rglob('*'))}
+
+  for path in (run, *run.rglob('*')):
+    path.chmod(0o555 if path.is_dir() else 0o444)
+  before = seen()
+  with (run / '.lock').open() as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert evaluate.evaluate_run(run, 'float32')['step'] == 30
+  assert seen() == before
+
+
+@pytest.mark.parametrize(
+  ('there', 'changed'),
+  [
+    ('"rope_base": 100.0', '"rope_base": 500.0'),
+    ('"num_heads": 4', '"num_heads": 2'),
+    ('"head_dim": 6', '"head_dim": 2'),
+    ('"dtype": "float32"', '"dtype": "bfloat16"'),
+    ('"seq_len": 32', '"seq_len": 33'),
+  ],
+)
+def test_a_changed_config_json_evaluates_no_other_model(trained, tmp_path, there, changed):
+  run = Path(shutil.copytree(trained('mla'), tmp_path / 'run'))
+  path = run / 'config.json'
+  assert there in path.read_text()
+  path.write_text(path.read_text().replace(there, changed))
+  name = changed.split('"')[1]
+  with pytest.raises(UserError, match=f'{name}=.*: .*checkpoints/30 was trained with {name}='):
+    evaluate.evaluate_run(run, 'float32')
+
+
+def test_a_flipped_bit_in_the_weights_is_not_evaluated(trained, tmp_path):
+  run = Path(shutil.copytree(trained('mla'), tmp_path / 'run'))
+  weights = (run / 'checkpoints' / '30' / 'params').rglob('*')
+  largest = max(weights, key=lambda path: path.stat().st_size)
+  raw = bytearray(largest.read_bytes())
+  raw[len(raw) // 2] ^= 1
+  largest.write_bytes(raw)
+  with pytest.raises(UserError, match='30: cannot be read .*differs from its checksum.*train.py'):
+    evaluate.evaluate_run(run, 'float32')

@@ -104,3 +104,32 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path):
   with pytest.raises(UserError, match='is a link'), files.lease(tmp_path / '.lock', 'busy'):
     pass
   assert not (tmp_path / 'elsewhere').exists()
+
+
+@pytest.mark.parametrize(
+  ('error', 'number'),
+  [
+    (OSError(errno.ENOSPC, 'No space'), errno.ENOSPC),
+    (PermissionError(errno.EACCES, 'denied'), errno.EACCES),
+    (FileNotFoundError(errno.ENOENT, 'none'), None),
+    (MemoryError(), errno.ENOMEM),
+    (ValueError("Failed to write: File too large [os_error_code='27']"), errno.EFBIG),
+    (ValueError('Failed to open [OS error 24: EMFILE Too many open files]'), errno.EMFILE),
+    (RuntimeError('RESOURCE_EXHAUSTED: out of memory'), errno.ENOMEM),
+    (ExceptionGroup('many', [ValueError('x'), OSError(errno.EDQUOT, 'quota')]), errno.EDQUOT),
+    (ValueError('whatever'), None),
+  ],
+  ids=lambda value: repr(value)[:50],
+)
+def test_what_the_system_refused_is_found_behind_a_librarys_error(error, number):
+  for told in (error, wrapped(error), wrapped(wrapped(error))):
+    found = files.refusal(told)
+    assert (found and found.errno) == number
+
+
+def wrapped(error: Exception) -> Exception:
+  """As a library tells it."""
+  try:
+    raise RuntimeError('the checkpoint could not be written') from error
+  except RuntimeError as found:
+    return found

@@ -1,11 +1,14 @@
 """A sweep as a process that may die: what it leaves, what it skips, and what it refuses."""
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from conftest import SHORT_RUN, tiny_config
 
 from mla import frontier, report, sweep, trials
 from mla.errors import UserError
-from mla.train import StopSignal
+from mla.signals import CAUGHT, StopSignal
 
 ROOT = Path(__file__).parent.parent
 FIELDS = {
@@ -267,21 +270,65 @@ def test_arms_of_unlike_settings_are_told(tmp_path):
   assert len(warned) == 1 and warned[0].startswith('num_steps differs') and '77' in warned[0]
 
 
-def test_sigterm_in_a_trials_last_step_starts_no_other(tmp_path, monkeypatch):
+@pytest.mark.parametrize('number', CAUGHT, ids=CAUGHT.values())
+def test_a_signal_in_a_trials_last_step_starts_no_other(tmp_path, monkeypatch, number):
   ended = []
 
   def run_trial(trial, folder):
     stop = StopSignal()  # the trainer's
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
     stop.restore()
     return fake_line(trial, {'a': 1e-3, 'b': 1e-3})
 
   monkeypatch.setattr(sweep, 'run_trial', run_trial)
-  before = signal.getsignal(signal.SIGTERM)
-  with pytest.raises(sweep.Stopped):
+  before = signal.getsignal(number)
+  with pytest.raises(sweep.Stopped) as stopped:
     sweep.local(some_trials(), tmp_path, lambda trial, line: ended.append(trial))
+  assert stopped.value.by == number
   assert len(ended) == 1
-  assert signal.getsignal(signal.SIGTERM) == before
+  assert signal.getsignal(number) == before
+
+
+@contextlib.contextmanager
+def train_elsewhere(trial, folder: Path):
+  """As train.py that was started on a trial's workdir."""
+  workdir = folder / 'trials' / trial.name
+  workdir.mkdir(parents=True)
+  with (workdir / '.lock').open('a') as file:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield lambda: fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def test_a_trial_waits_for_who_trains_in_its_workdir(tmp_path, caplog):
+  trial, order = some_trials()[0], []
+
+  def train(config, workdir):
+    order.append('trains')
+    raise UserError('enough')
+
+  with train_elsewhere(trial, tmp_path) as end:
+
+    def end_soon() -> None:
+      order.append('elsewhere ends')
+      end()
+
+    timer = threading.Timer(0.5, end_soon)
+    timer.start()
+    assert sweep.run_trial(trial, tmp_path, train)['error'] == 'enough'
+    timer.join()
+  assert order == ['elsewhere ends', 'trains']
+  assert 'another process holds it; waiting' in caplog.text
+
+
+@pytest.mark.parametrize('number', CAUGHT, ids=CAUGHT.values())
+def test_a_sweep_that_waits_can_be_stopped(tmp_path, number):
+  ended = []
+  todo = some_trials()[:1]
+  with train_elsewhere(todo[0], tmp_path):
+    threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+    with pytest.raises(sweep.Stopped) as stopped:
+      sweep.local(todo, tmp_path, lambda trial, line: ended.append(trial))
+  assert stopped.value.by == number and not ended
 
 
 def test_two_sweeps_keep_out_of_one_folder(tmp_path):
