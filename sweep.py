@@ -66,6 +66,7 @@ def main() -> int:
   trials.check(missing, folder, on_these_devices=ENGINE.value == 'local')
   try:
     lines = sweep.run_sweep(todo, folder, engine, tune_on_first_seed=TUNE.value)
+    sweep.add_costs(todo, lines, folder)
   except sweep.Stopped as stopped:
     print('stopped, what was saved is kept; run the same command again to go on')
     return signals.exit_code(stopped.by)
@@ -73,7 +74,6 @@ def main() -> int:
   if not done or (REFERENCE.value and REFERENCE.value not in done):
     print(f'no report: {REFERENCE.value or "every trial"} failed; see {folder / "logs"}')
     return cli.EXIT_FAILED
-  sweep.add_costs(todo, lines, folder)
   print('\n' + report.write(folder, REFERENCE.value, MARGIN.value))
   return cli.EXIT_FAILED if any(line['status'] == 'failed' for line in lines) else 0
 

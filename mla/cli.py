@@ -131,7 +131,8 @@ def _in_our_words(error: Exception) -> Exception:
       'accumulation_steps, or set remat=full'
     )
   if isinstance(error, OSError) and (error.filename or error.errno in files.EXHAUSTED):
-    where = os.fsdecode(error.filename) if error.filename else 'a file'
+    name = error.filename2 or error.filename  # the second is the place of what was to be moved
+    where = os.fsdecode(name) if name else 'a file'
     return files.cannot(f'{where}: cannot be used', error, 'mend that, then run the same again')
   return error
 

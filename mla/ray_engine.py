@@ -5,7 +5,6 @@ trial whose worker or node dies is started again elsewhere and goes on from its 
 sweep's folder must be one that all nodes see.
 """
 
-import atexit
 import contextlib
 import functools
 import importlib.util
@@ -19,13 +18,13 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from mla import backends, files
+from mla import backends, files, restarts
 from mla.errors import Diverged, MachineError, UserError, first_line
 from mla.sweep import Done, Engine, Stopped, failed_line, log_of, run_trial
 from mla.train import train_leased
@@ -186,63 +185,6 @@ def _count_slices(available: Mapping[str, int | float]) -> int:
   return max(1, int(sum(marks)))
 
 
-def count_crashes(
-  previous: Mapping[str, Any], sweep: str, step: int, alive: Collection[str]
-) -> int:
-  """How many of a trial's processes ended by themselves since it last got further.
-
-  `previous` is what the process before this one left behind; `step` the newest checkpoint now;
-  `alive` the machines that still are. A process that was told to end (SIGTERM), or whose machine
-  went, is not counted: a trial on machines that come and go is to end as on others.
-  """
-  if previous['sweep'] != sweep or step > previous['step']:
-    return 0
-  by_itself = not previous['told'] and previous['node'] in alive
-  return previous['crashes'] + by_itself
-
-
-@contextlib.contextmanager
-def _counting(trial: Trial, folder: Path, sweep: str) -> Iterator[int]:
-  """count_crashes of a trial of which a process starts here; leaves what the next one will ask."""
-  import ray
-
-  path = folder / 'starts' / f'{trial.name}.json'
-  step = newest_step(folder / 'trials' / trial.name)
-  start = {
-    'sweep': sweep,
-    'step': step,
-    'node': ray.get_runtime_context().get_node_id(),
-    'told': False,
-    'crashes': 0,
-  }
-  try:
-    previous = files.read_json(path, '')
-  except UserError:  # there is none, or it is damaged: it is no more than a count
-    previous = None
-  if isinstance(previous, dict) and previous.keys() == start.keys():
-    alive = {node['NodeID'] for node in ray.nodes() if node['Alive']}
-    start['crashes'] = count_crashes(previous, sweep, step, alive)
-
-  def leave(told: bool) -> None:
-    with contextlib.suppress(OSError):
-      path.parent.mkdir(exist_ok=True)
-      files.write_whole(path, json.dumps({**start, 'told': told}))
-
-  leave(told=False)
-  # A process that gets SIGTERM comes to Python's end; one that crashes, or is killed, does not.
-  atexit.register(leave, told=True)
-  try:
-    yield start['crashes']
-  finally:
-    atexit.unregister(leave)
-
-
-def newest_step(workdir: Path) -> int:
-  """That of its newest checkpoint; 0 if there is none."""
-  names = (path.name for path in (workdir / 'checkpoints').glob('*'))
-  return max((int(name) for name in names if name.isdecimal()), default=0)
-
-
 def _crashed_line(trial: Trial, folder: Path, times: int) -> dict:
   logs = f'{folder}/logs/{trial.name}.txt and {folder}/ray'
   return failed_line(trial, f'its process ended {times} times; see {logs}')
@@ -254,17 +196,22 @@ def _run_here(
   sweep: str,
   train: Callable[[ConfigDict, Path], Any] = train_leased,
 ) -> None:
-  """Reports a trial's line, unless its processes keep ending."""
+  """Reports a trial's line: that it failed, once too many of its processes ended."""
+  import ray
   from ray import tune
 
-  with _counting(trial, folder, sweep) as crashes:
-    try:
-      if crashes > RESTARTS:
-        line = _crashed_line(trial, folder, crashes)
-      else:
-        line = run_trial(trial, folder, train)
-    except (UserError, MachineError) as error:  # another start would end the same
-      line = failed_line(trial, str(error))
+  counting = restarts.counting(
+    folder / 'starts' / f'{trial.name}.json',
+    sweep=sweep,
+    step=restarts.newest_step(folder / 'trials' / trial.name),
+    node=ray.get_runtime_context().get_node_id(),
+    alive={node['NodeID'] for node in ray.nodes() if node['Alive']},
+  )
+  with counting as crashes:
+    if crashes > RESTARTS:
+      line = _crashed_line(trial, folder, crashes)
+    else:
+      line = run_trial(trial, folder, train)
   tune.report({'line': json.dumps(line)})
 
 
@@ -313,7 +260,7 @@ def _train_on_slice(
   claim_workdir(config, workdir)
   chips = math.prod(map(int, slice_.topology.split('x')))
   while True:
-    began_at = newest_step(workdir)
+    began_at = restarts.newest_step(workdir)
     try:
       result = JaxTrainer(
         _train_on_host,
@@ -334,7 +281,7 @@ def _train_on_slice(
       ).fit()
       break
     except TrainingFailedError:
-      if newest_step(workdir) <= began_at:
+      if restarts.newest_step(workdir) <= began_at:
         raise
   # Of the first host; in Ray's second API only.
   failed = getattr(result, 'return_value', None)

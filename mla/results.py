@@ -5,10 +5,12 @@ DIR/windows.npz     each trial's loss on every evaluation window
 DIR/costs/          an arm's FLOPs and training memory; a cache, made again where it is damaged
 
 The first two can't be made again without training, so what is wrong with them is refused, by name
-and with the cure, before anything is written.
+and with the cure, before anything is written. Lines and costs carry a checksum: in a number one
+bit that flipped makes another number, and no other sign of it.
 """
 
 import dataclasses
+import hashlib
 import io
 import json
 import logging
@@ -102,7 +104,7 @@ class Results:
           f'data.eval_tokens={trial.config.data.eval_tokens}: {self._path} holds the result of '
           f'trial {name} over another number; set that one, or use another --workdir'
         )
-      elif not (self._folder / 'trials' / name).exists():
+      elif not os.path.exists(self._folder / 'trials' / name / 'config.json'):
         there = find_workdirs(self._folder) if there is None else there
         name = there.get(trial.digest, name)
       of_arm, same_name = arms.get(trial.arm, trial.line), self._lines.get(name, trial.line)
@@ -143,7 +145,7 @@ class Results:
     self._write()
 
   def _write(self) -> None:
-    text = ''.join(json.dumps(line) + '\n' for line in self._lines.values())
+    text = ''.join(json.dumps(_sealed(line)) + '\n' for line in self._lines.values())
     self._replace(self._path, text)
 
   def _replace(self, path: Path, content: bytes | str) -> None:
@@ -177,7 +179,8 @@ def _key(line: Mapping[str, Any]) -> tuple[str, str]:
 
 def _other_settings(line: Mapping[str, Any], trial: Trial) -> str:
   """The fields whose values a line tells other than the trial has them."""
-  there, here = ({**of.get('settings', {}), **of['fields']} for of in (line, trial.line))
+  there = {**line.get('settings', {}), **line['fields']}
+  here = {**trial.settings, **trial.fields}
   unlike = [
     f'{name}={value}'
     for name, value in sorted(there.items())
@@ -220,7 +223,19 @@ def _parse(raw: bytes) -> dict[str, Any] | str:
     line = json.loads(raw)
   except (ValueError, RecursionError):
     return 'is no whole JSON'
-  return line if isinstance(line, dict) else 'is no JSON object'
+  if not isinstance(line, dict):
+    return 'is no JSON object'
+  if 'checksum' in line and line.pop('checksum') != _checksum(line):  # older lines have none
+    return 'is not as it was written'
+  return line
+
+
+def _sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
+  return {**fields, 'checksum': _checksum(fields)}
+
+
+def _checksum(fields: Mapping[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _fault(line: Mapping[str, Any]) -> str:
@@ -233,8 +248,11 @@ def _fault(line: Mapping[str, Any]) -> str:
       return f'lacks {name}, or has it in another type'
     if isinstance(line[name], float) and not math.isfinite(line[name]):
       return f'has {name}={line[name]}'
-  if not re.fullmatch(r'[\w=,+-][\w.=,+-]*', line['trial']):
-    return 'has a trial that names no folder of a sweep'
+  if not isinstance(line.get('settings', {}), dict):  # which older lines lack
+    return 'has settings of another type'
+  for name in ('trial', 'arm_digest'):  # which become names of files
+    if not re.fullmatch(r'[\w=,+-][\w.=,+-]*', line[name]):
+      return f'has another {name} than a sweep gives'
   return ''
 
 
@@ -245,7 +263,7 @@ def read_windows(path: Path) -> dict[str, np.ndarray]:
   """
   if not os.path.lexists(path):
     return {}
-  raw = files.read_bytes(path, 'remove it')
+  raw = files.read_bytes(path, WITHOUT)
   try:
     with np.load(io.BytesIO(raw), allow_pickle=False) as stored:
       windows = dict(stored)
@@ -253,9 +271,15 @@ def read_windows(path: Path) -> dict[str, np.ndarray]:
   except Exception as error:
     raise UserError(f'{path}: cannot be read ({first_line(error)}); {WITHOUT}') from error
   for name, nll in windows.items():
-    if nll.ndim != 1 or not len(nll) or nll.dtype.kind != 'f' or not np.isfinite(nll).all():
+    if not _are_losses(nll):
       raise UserError(f'{path}: {name} is not one finite number a window; {WITHOUT}')
   return windows
+
+
+def _are_losses(nll: Any) -> bool:
+  if not isinstance(nll, np.ndarray):  # of a file that holds no array, numpy gives the bytes
+    return False
+  return nll.ndim == 1 and len(nll) > 0 and nll.dtype.kind == 'f' and bool(np.isfinite(nll).all())
 
 
 def _packed(arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -281,8 +305,9 @@ def read_costs(folder: Path, arm_digest: str) -> dict[str, Any] | None:
     found = files.read_json(costs_path(folder, arm_digest), '')
   except UserError:
     return None
-  whole = _are_costs(found) or (isinstance(found, dict) and isinstance(found.get('error'), str))
-  return found if whole else None
+  if not isinstance(found, dict) or found.pop('checksum', '') != _checksum(found):
+    return None
+  return found if are_costs(found) or isinstance(found.get('error'), str) else None
 
 
 def write_costs(folder: Path, arm_digest: str, costs: Mapping[str, Any]) -> None:
@@ -290,7 +315,7 @@ def write_costs(folder: Path, arm_digest: str, costs: Mapping[str, Any]) -> None
   path = costs_path(folder, arm_digest)
   try:
     path.parent.mkdir(exist_ok=True)
-    files.write_whole(path, json.dumps(costs) + '\n')
+    files.write_whole(path, json.dumps(_sealed(costs)) + '\n')
   except OSError as error:
     logging.warning('%s: cannot be written (%s)', path, error.strerror or error)
 
@@ -300,7 +325,7 @@ def costs_of(folder: Path, line: Mapping[str, Any]) -> dict[str, Any]:
 
   Older versions wrote them into the lines. Where they are unknown, 'costs_unknown' says why.
   """
-  if _are_costs(line):
+  if are_costs(line):
     return {name: line[name] for name in ('flops_per_token', 'training_memory')}
   found = read_costs(folder, line['arm_digest'])
   if found is not None and 'error' not in found:
@@ -312,7 +337,7 @@ def costs_of(folder: Path, line: Mapping[str, Any]) -> dict[str, Any]:
   return {'flops_per_token': None, 'training_memory': None, 'costs_unknown': why}
 
 
-def _are_costs(found: Any) -> bool:
+def are_costs(found: Any) -> bool:
   try:
     memory = found['training_memory']
     figures = [

@@ -23,7 +23,7 @@ from mla import cost, files, metrics, tuning
 from mla.data.pipeline import load_data
 from mla.errors import Diverged, MachineError, UserError, first_line
 from mla.evaluate import score_run
-from mla.results import Results, costs_of, costs_path, read_costs, write_costs
+from mla.results import Results, are_costs, costs_of, read_costs, write_costs
 from mla.signals import StopSignal
 from mla.train import train_leased
 from mla.trials import Trial
@@ -145,55 +145,51 @@ def run_trial(
   """
   workdir, log = folder / 'trials' / trial.name, log_of(folder / 'trials' / trial.name)
   began = time.monotonic()
-  with (
-    lease_workdir(workdir, wait=True),
-    _printing_to(log),
-  ):
-    try:
+  try:
+    with lease_workdir(workdir, wait=True), _printing_to(log):
       print(f'process {os.getpid()} on {platform.node()}', flush=True)
       if not train(trial.config, workdir):
         return {**trial.line, 'status': 'stopped'}
-      figures, nll = score_run(workdir, CACHE_DTYPE, max_tokens=trial.config.data.eval_tokens)
-      del figures['workdir'], figures['perplexity_ci95']  # the report's interval is over seeds
-      loss = float(nll.sum()) / figures['tokens_evaluated']
-      if not math.isfinite(loss):
-        raise Diverged(f'read through a {CACHE_DTYPE} cache its loss is not finite')
       return {
-        **trial.line,
-        'status': 'done',
-        'loss': loss,
-        **figures,
+        **_score(trial, workdir),
         'tokens_per_second': _tokens_per_second(workdir),
         'seconds': time.monotonic() - began,
-        'window_nll': [float(value) for value in nll],
       }
-    except Diverged as error:
-      return failed_line(trial, str(error), diverged=True)
-    except (UserError, MachineError) as error:
-      return failed_line(trial, str(error))
-    except Exception as error:
-      traceback.print_exc()
-      return failed_line(trial, f'{type(error).__name__}: {first_line(error)}; see {log}')
+  except Diverged as error:
+    return failed_line(trial, str(error), diverged=True)
+  except (UserError, MachineError) as error:
+    return failed_line(trial, str(error))
+  except Exception as error:  # its traceback is in the log
+    return failed_line(trial, f'{type(error).__name__}: {first_line(error)}; see {log}')
+
+
+def _score(trial: Trial, workdir: Path) -> dict[str, Any]:
+  """The line of a trial that is trained, without its speed."""
+  figures, nll = score_run(workdir, CACHE_DTYPE, max_tokens=trial.config.data.eval_tokens)
+  del figures['workdir'], figures['perplexity_ci95']  # the report's interval is over seeds
+  loss = float(nll.sum()) / figures['tokens_evaluated']
+  if not math.isfinite(loss):
+    raise Diverged(f'read through a {CACHE_DTYPE} cache its loss is not finite')
+  window_nll = [float(value) for value in nll]
+  return {**trial.line, 'status': 'done', 'loss': loss, **figures, 'window_nll': window_nll}
 
 
 @contextlib.contextmanager
 def _printing_to(log: Path) -> Iterator[None]:
-  """What is printed meanwhile goes to the end of a log."""
-  _made(log.parent)
+  """What is printed meanwhile goes to the end of a log, as does what nobody expected."""
   try:
+    log.parent.mkdir(parents=True, exist_ok=True)
     out = files.append(log)
   except OSError as error:
     raise files.cannot(f'{log}: cannot be written', error, 'remove or permit it') from error
   with out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-    yield
-
-
-def _made(folder: Path) -> Path:
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise files.cannot(f'{folder}: cannot be made', error, 'remove or permit it') from error
-  return folder
+    try:
+      yield
+    except (UserError, MachineError, Diverged):
+      raise
+    except Exception:
+      traceback.print_exc()
+      raise
 
 
 def log_of(workdir: Path) -> Path:
@@ -213,7 +209,11 @@ def _tokens_per_second(workdir: Path) -> float | None:
     lines = metrics.read(workdir / 'metrics.jsonl')
   except (OSError, UserError):  # the trial is done all the same
     return None
-  rates = [line['tokens_per_second'] for line in lines if 'tokens_per_second' in line]
+  rates: list[float] = [
+    line['tokens_per_second']
+    for line in lines
+    if isinstance(line.get('tokens_per_second'), int | float)
+  ]
   return statistics.median(rates[1:] or rates) if rates else None
 
 
@@ -225,7 +225,8 @@ def add_costs(
 ) -> None:
   """Compiles what each arm of the lines costs, for the report; an arm that is known never again.
 
-  Raises nothing of what can't be compiled: it is kept too, and the report says so.
+  What can't be compiled raises nothing: that is kept too, and the report says so. Raises Stopped on
+  SIGTERM or Ctrl-C.
   """
   configs = {trial.arm_digest: trial.config for trial in trials}
   unknown = {
@@ -237,17 +238,25 @@ def add_costs(
   }
   if unknown:
     say(f'compiling what {len(unknown)} arms cost, once')
-  for arm, config in unknown.items():
-    # Stays if the compiler ends the process, so that the next report is not ended by it as well.
-    write_costs(folder, arm, {'error': 'its process ended while compiling'})
-    try:
-      costs = cost.training_costs(config, load_data(config).tokenizer.vocab_size)
-    except Exception as error:  # whatever XLA raises
-      costs = {'error': f'{type(error).__name__}: {first_line(error)}'}
-    except BaseException:
-      costs_path(folder, arm).unlink(missing_ok=True)
-      raise
-    write_costs(folder, arm, costs)
+  stop = StopSignal()
+  try:
+    for arm, config in unknown.items():
+      # Stays if the compiler ends the process, so that the next report is not ended by it as well.
+      write_costs(folder, arm, {'error': 'its process ended while compiling'})
+      write_costs(folder, arm, _compile_costs(config))
+      if stop.requested:
+        raise Stopped(stop.requested)
+  finally:
+    stop.restore()
+
+
+def _compile_costs(config: ConfigDict) -> dict[str, Any]:
+  """cost.training_costs, or {'error': why there are none}."""
+  try:
+    costs = cost.training_costs(config, load_data(config).tokenizer.vocab_size)
+  except Exception as error:  # whatever XLA raises
+    return {'error': f'{type(error).__name__}: {first_line(error)}'}
+  return costs if are_costs(costs) else {'error': 'the compiler counts none here'}
 
 
 class Progress:

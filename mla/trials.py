@@ -24,7 +24,7 @@ from mla import config as config_lib
 from mla import model as model_lib
 from mla.data.pipeline import Data, eval_windows, load_data, train_batches
 from mla.errors import UserError
-from mla.workdir import claim_workdir, identity, read_config
+from mla.workdir import check_workdir, identity, read_config
 
 # What the trials of an arm differ in.
 REPEATED = ('learning_rate', 'seed')
@@ -126,6 +126,8 @@ def load_arms(path: str) -> dict[str, dict[str, Any]]:
   try:
     arms = runpy.run_path(str(source))['get_arms']()
     found = {str(name): dict(fields) for name, fields in arms.items()}
+    if len(found) < len(arms):
+      raise ValueError('two of its names are the same text')
   except (Exception, SystemExit) as error:  # whatever a file that is no sweep file raises
     reason = f'{type(error).__name__}: {error}'
     raise UserError(f'--arms={path}: no get_arms() can be run there ({reason})') from error
@@ -152,6 +154,7 @@ def expand(
       fields |= point
     trials.append(_make(config, arm, fields, set(arms.get(arm, ()))))
   _refuse_repeated(trials)
+  _refuse_ambiguous(trials)
   # Names that some disk would take for one another, by case or the encoding of an accent.
   folded = collections.Counter(_folded(trial.name) for trial in trials)
   return [
@@ -174,18 +177,32 @@ def _refuse_repeated(trials: Sequence[Trial]) -> None:
       raise UserError(
         f'trial {trial.name}: occurs {times[trial.digest]} times; give each value once'
       )
-    raise UserError(f'trial {trial.name}: is trial {other.name} again{_though(trial, other)}')
+    raise UserError(f'trial {trial.name}: {_repeats(trial, other)}')
 
 
-def _though(trial: Trial, other: Trial) -> str:
-  """What two trials differ in although they are one, and the cure."""
+def _refuse_ambiguous(trials: Sequence[Trial]) -> None:
+  """Raises UserError if two arms have one name, by which their losses would be averaged."""
+  first: dict[str, Trial] = {}
+  for trial in trials:
+    other = first.setdefault(trial.arm, trial)
+    if other.arm_digest != trial.arm_digest:
+      raise UserError(
+        f'trial {trial.name}: its arm is called {trial.arm}, as is one with other settings; give '
+        'one of the two another name'
+      )
+
+
+def _repeats(trial: Trial, other: Trial) -> str:
+  """That a trial does what another does, whatever they differ in, and the cure."""
   fields = sorted(
     name
     for name in {*trial.fields, *other.fields}
     if config_lib.field(trial.config, name) != config_lib.field(other.config, name)
   )
-  reason = f', for {" and ".join(fields)} changes nothing that is learned there' if fields else ''
-  return f'{reason}; give one of the two'
+  again = f'is trial {other.name} again; give one of the two'
+  if not fields:
+    return again
+  return f'{" and ".join(fields)} makes no difference to what is learned there, so it {again}'
 
 
 def _folded(name: str) -> str:
@@ -275,12 +292,11 @@ def check(trials: Sequence[Trial], folder: Path, *, on_these_devices: bool = Tru
     raise UserError(f'--workdir={folder}: is not empty and holds no sweep; choose another folder')
   texts: dict[str, Data] = {}
   models: dict[str, Any] = {}
+  shapes: dict[str, str] = {}  # the models', to find equal ones by
   first: dict[str, Trial] = {}
   for trial in trials:
     try:
-      workdir = folder / 'trials' / trial.name
-      if workdir.exists():
-        claim_workdir(trial.config, workdir)
+      check_workdir(trial.config, folder / 'trials' / trial.name)
       if trial.arm not in models:
         if on_these_devices:
           mesh = sharding.make_mesh(trial.config.mesh.to_dict())
@@ -290,11 +306,12 @@ def check(trials: Sequence[Trial], folder: Path, *, on_these_devices: bool = Tru
         if source not in texts:
           texts[source] = load_data(trial.config)
         models[trial.arm] = _check_arm(trial.config, texts[source], on_these_devices)
+        shapes[trial.arm] = repr(models[trial.arm])
       rest = identity(trial.config)
       rest = {name: value for name, value in rest.items() if name not in MODEL_FIELDS}
-      other = first.setdefault(_hash({'rest': rest, 'model': repr(models[trial.arm])}), trial)
+      other = first.setdefault(_hash({'rest': rest, 'shapes': shapes[trial.arm]}), trial)
       if other is not trial and models[other.arm] == models[trial.arm]:
-        raise UserError(f'is trial {other.name} again{_though(trial, other)}')
+        raise UserError(_repeats(trial, other))
     except UserError as error:
       raise UserError(f'trial {trial.name}: {error}') from error
 

@@ -27,10 +27,11 @@ def small_sweep(tmp_path_factory) -> Path:
   """Arms of known losses, two of equal bytes, as a sweep leaves them."""
   folder = tmp_path_factory.mktemp('sweep')
   results = sweep.Results(folder)
-  for arm, loss in LOSSES.items():
+  for number, (arm, loss) in enumerate(LOSSES.items()):
+    fields = {'rope_dim': 4, 'latent_dim': 4 + number}  # equal configs would be one trial
     for seed in (0, 1, 2):
       (trial,) = trials.expand(
-        test_sweep.tiny_config('mla'), {arm: {'rope_dim': 4}}, [trials.parse_axis(f'seed={seed}')]
+        test_sweep.tiny_config('mla'), {arm: fields}, [trials.parse_axis(f'seed={seed}')]
       )
       line = {
         **test_sweep.fake_line(trial, {arm: trial.learning_rate}),

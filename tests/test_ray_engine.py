@@ -152,6 +152,25 @@ def test_a_worker_and_a_node_die_in_mid_trial(cluster, text, tmp_path):
   assert test_sweep.losses(folder) == test_sweep.losses(tmp_path / 'local')
 
 
+def test_a_worker_that_is_told_to_end_has_not_crashed(text, tmp_path):
+  folder = tmp_path / 'ray'
+  command = test_sweep.command(
+    folder, text, '--sweep=seed=0', '--engine=ray', num_steps=300, checkpoint_every=20
+  )
+  start = folder / 'starts' / 'seed=0.json'
+  with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as sweep:
+    try:
+      worker_in_mid_trial(folder, 'seed=0', sweep).send_signal(signal.SIGTERM)
+      began = time.monotonic()
+      while not json.loads(start.read_text())['told']:
+        assert time.monotonic() - began < 60 and sweep.poll() is None
+        time.sleep(0.01)
+      assert sweep.wait(timeout=LIMIT) == 0
+    finally:
+      sweep.kill()
+  assert (folder / 'logs' / 'seed=0.txt').read_text().count('process ') == 2
+
+
 def test_sigterm_stops_the_sweep_and_says_so(text, tmp_path):
   command = test_sweep.command(
     tmp_path / 'ray', text, '--sweep=seed=0', '--engine=ray', num_steps=100_000

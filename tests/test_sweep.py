@@ -75,12 +75,28 @@ def test_a_sweep_leaves_its_answer(finished):
   assert 'Sweet spot' in (finished / 'report.md').read_text()
 
 
-def test_a_finished_sweep_trains_nothing_and_ends_soon(finished, text):
+@pytest.mark.parametrize('axes', [AXES, AXES[::-1]])
+def test_a_finished_sweep_trains_nothing_and_ends_soon(axes, finished, text):
   before, began = losses(finished), time.monotonic()
-  again = run(finished, text, *AXES)
+  again = run(finished, text, *axes)
   assert time.monotonic() - began < 10
-  assert again.returncode == 0 and 'nothing to train' in again.stdout
+  assert again.returncode == 0 and again.stdout.startswith(
+    'all 4 trials were done already; nothing'
+  )
   assert losses(finished) == before
+
+
+def test_a_line_that_was_taken_out_is_scored_again(finished, text, tmp_path):
+  folder = tmp_path / 'copy'
+  shutil.copytree(finished, folder)
+  lines = (folder / 'results.jsonl').read_text().splitlines(keepends=True)
+  (folder / 'results.jsonl').write_text(''.join(lines[1:]))
+  (folder / 'windows.npz').unlink()
+  again = run(folder, text, *AXES)
+  assert again.returncode == 0 and '3 of 4 trials are done already' in again.stdout
+  log = folder / 'logs' / f'{json.loads(lines[0])["trial"]}.txt'
+  assert 'already trained to step 12' in log.read_text()
+  assert losses(folder) == losses(finished)
 
 
 def test_further_seeds_are_added(finished, text, tmp_path):
@@ -133,7 +149,7 @@ def test_a_failed_trial_ends_no_other(text, tmp_path):
     (['--sweep=latent_dims=4'], 'latent_dims'),
     (['--sweep=latent_dim=4,big'], 'trial latent_dim=big'),
     (['--sweep=latent_dim=4,0'], 'trial latent_dim=0'),
-    (['--sweep=mesh.data=3'], 'trial mesh.data=3: mesh'),
+    (['--sweep=mesh.data=-1,3'], 'trial mesh.data=3: mesh'),
     (['--sweep=seq_len=16,100000'], 'trial seq_len=100000: batch_size'),
     (['--sweep=ffn_dim,param_budget=0:1000'], 'trial ffn_dim=0,param_budget=1000'),
     (['--sweep=seed=1', '--arms=nowhere.py'], '--arms=nowhere.py'),

@@ -1,10 +1,14 @@
 """Axes and named arms become checked trials; what is wrong names the trial."""
 
+import time
+import unicodedata
+
 import pytest
 from conftest import tiny_config
 
+from mla import sweep
 from mla.errors import UserError
-from mla.trials import expand, load_arms, parse_axis
+from mla.trials import check, expand, load_arms, parse_axis
 
 
 def trials_of(*axes: str, arms=None):
@@ -85,3 +89,72 @@ def test_arms_files(tmp_path):
   for path in (bad, tmp_path / 'none.py'):
     with pytest.raises(UserError, match=path.name):
       load_arms(str(path))
+
+
+@pytest.mark.parametrize(
+  'source',
+  [
+    "{1: {'latent_dim': 4}, '1': {'latent_dim': 8}}",  # one of the two would be lost
+    "__import__('sys').exit(3)",
+  ],
+)
+def test_an_arms_file_that_cannot_be_meant(source, tmp_path):
+  path = tmp_path / 'arms.py'
+  path.write_text(f'def get_arms():\n  return {source}\n')
+  with pytest.raises(UserError, match='arms.py'):
+    load_arms(str(path))
+
+
+NAMES = {
+  'case': ['a', 'A', 'ä', 'Ä'],
+  'the encoding of an accent': [unicodedata.normalize(form, 'größer,é') for form in ('NFC', 'NFD')],
+  'alphabets': ['δ' * 120, '模' * 90, '模' * 91, 'ك' * 150, '🙂' * 70],
+  'length': ['x' * 200, 'x' * 201],
+  'no file': ['.', '..', '/', 'a/b', 'a_b', '.a', '-', '-rf', '~', '*', '[x]', 'nul', '%s'],
+  'fields': ['seed=1', 'a,seed=1', 'learning_rate=0.001'],
+}
+
+
+@pytest.mark.parametrize('kind', NAMES)
+def test_every_name_becomes_a_folder_of_its_own(kind, text, tmp_path):
+  arms = {name: {'latent_dim': 4 + 2 * n} for n, name in enumerate(NAMES[kind])}
+  config = tiny_config('mla', data__files=str(text))
+  trials = expand(config, arms, [parse_axis('seed=0,1')])
+  for trial in trials:
+    assert len(f'{trial.name}.json'.encode()) <= 255
+    (tmp_path / 'trials' / trial.name).mkdir(parents=True)
+  assert sorted(path.name for path in (tmp_path / 'trials').iterdir()) == sorted(
+    trial.name for trial in trials
+  )
+  # Apart also on a disk that does not tell case, or composes accents.
+  folded = {unicodedata.normalize('NFD', trial.name).casefold() for trial in trials}
+  assert len(folded) == len(trials)
+  check(trials, tmp_path, on_these_devices=False)
+
+
+@pytest.mark.parametrize('name', ['a\nb', 'a\x1b[2J', 'a\u2028b', '\ud800'])
+def test_a_name_that_breaks_a_line_is_refused(name):
+  with pytest.raises(UserError, match='one line of text') as caught:
+    trials_of('seed=0', arms={name: {'latent_dim': 4}})
+  assert str(caught.value).isprintable()
+
+
+def test_arms_of_one_name_are_refused():
+  arms = {'': {'latent_dim': 4}, 'mla': {'latent_dim': 8}}  # one without is called by attention
+  with pytest.raises(UserError, match='called mla, as is one with other settings'):
+    trials_of('seed=0', arms=arms)
+
+
+def test_hundreds_of_trials_are_there_at_once(tmp_path):
+  numbers = ','.join(map(str, range(150)))
+  began = time.monotonic()
+  trials = trials_of('latent_dim=4,8,12', 'learning_rate=1e-3,2e-3', f'seed={numbers}')
+  assert len(sweep.missing(trials, tmp_path)) == 900
+  assert time.monotonic() - began < 20  # 2 s
+
+
+def test_fields_that_are_no_text_or_number_are_refused():
+  config = tiny_config('mla')
+  config.dtype = None
+  with pytest.raises(UserError, match='dtype: is NoneType, which no sweep can set'):
+    expand(config, {}, [parse_axis('dtype=float32')])
