@@ -159,6 +159,8 @@ class Checkpoints:
     if hosts.is_first():
       self._note_saved()
       for step in self.steps()[: -self._kept]:
+        if (self._path / str(step)).is_symlink():
+          continue  # it lies in a place that is not the run's
         # Under a name of its own first: what a kill leaves of it is no checkpoint.
         going = self._path / f'{step}{UNFINISHED}'
         os.rename(self._path / str(step), going)
@@ -168,8 +170,10 @@ class Checkpoints:
     """Raises MachineError if the folder is not the one opened; Orbax would make it anew."""
     try:
       folder = self._path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
       folder = None
+    except OSError as error:
+      raise files.cannot(f'{self._path}: cannot be read', error, 'permit that') from error
     if folder is None or (folder.st_dev, folder.st_ino) != self._opened:
       raise MachineError(
         f'{self._path}: the folder has gone while the run was at work; put it back, then run the '
@@ -244,16 +248,29 @@ class Checkpoints:
 
     Raises UserError if there is none, if it is damaged, or as restore().
     """
+    while True:
+      step = self._newest()
+      try:
+        return step, self._read_params(step, params, run)
+      except (UserError, MachineError):
+        if self._newest() == step:
+          raise
+        # A run at work has put a newer one in its place.
+
+  def _newest(self) -> int:
     steps = self.steps()
     if not steps:
       raise UserError(f'--workdir={self._workdir}: the run has no checkpoint yet; train it first')
+    return steps[-1]
+
+  def _read_params(self, step: int, params, run: dict):
     try:
-      self._check_whole(steps[-1], ('params', 'run'))
-      self._check_run(steps[-1], run)
-      return steps[-1], self._read(steps[-1], 'params', params)
+      self._check_whole(step, ('params', 'run'))
+      self._check_run(step, run)
+      return self._read(step, 'params', params)
     except Damaged as damaged:
       raise UserError(
-        f'{self._path}/{steps[-1]}: cannot be read ({damaged}); run train.py on the same workdir '
+        f'{self._path}/{step}: cannot be read ({damaged}); run train.py on the same workdir '
         'to go on from the one before'
       ) from damaged
 
@@ -283,9 +300,9 @@ class Checkpoints:
 
   def _run(self, step: int) -> dict:
     path = self._path / str(step) / 'run' / 'metadata'
-    if not path.is_file():
-      raise Damaged('run/metadata is missing')
     try:
+      if not path.is_file():
+        raise Damaged('run/metadata is missing')
       run = json.loads(path.read_bytes().decode())
     except OSError as error:
       raise files.cannot(f'{path}: cannot be read', error, 'permit that') from error

@@ -8,11 +8,12 @@ import contextlib
 import errno
 import itertools
 import json
+import logging
 import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -159,17 +160,23 @@ def read_json(path: Path, cure: str) -> Any:
 
 
 @contextlib.contextmanager
-def lease(path: Path, busy: str, *, wait: bool = False) -> Iterator[None]:
+def lease(path: Path, busy: str, *, waiting: Callable[[], bool] = lambda: False) -> Iterator[None]:
   """Holds the lock file `path`, keeping every other process out; ends however its holder dies.
 
-  Raises UserError `busy` if another holds it, unless it is to wait. `path` is no link: what it
-  would name is not ours to make.
+  Raises UserError `busy` if another holds it, at once or when waiting() is no longer true. `path`
+  is no link: what it would name is not ours to make.
   """
   if path.is_symlink():
     raise UserError(f'{path}: is a link, and a lock must be a file of its own; remove it')
-  lock = filelock.FileLock(path, timeout=-1 if wait else 0)
+  lock = filelock.FileLock(path)
   try:
-    lock.acquire()
+    try:
+      lock.acquire(timeout=0)
+    except filelock.Timeout:
+      if not waiting():
+        raise
+      logging.warning('%s: another process holds it; waiting for it to end', path)
+      lock.acquire(poll_interval=0.2, cancel_check=lambda: not waiting())
   except filelock.Timeout as error:
     raise UserError(busy) from error
   except OSError as error:

@@ -144,9 +144,9 @@ def run_trial(
   it; it says something false if it was stopped.
   """
   workdir, log = folder / 'trials' / trial.name, log_of(folder / 'trials' / trial.name)
-  began = time.monotonic()
+  began, stop = time.monotonic(), StopSignal()
   try:
-    with lease_workdir(workdir, wait=True), _printing_to(log):
+    with lease_workdir(workdir, waiting=lambda: not stop.requested), _printing_to(log):
       print(f'process {os.getpid()} on {platform.node()}', flush=True)
       if not train(trial.config, workdir):
         return {**trial.line, 'status': 'stopped'}
@@ -158,9 +158,13 @@ def run_trial(
   except Diverged as error:
     return failed_line(trial, str(error), diverged=True)
   except (UserError, MachineError) as error:
+    if stop.requested:  # it waited for the lease until then, or fails again when it runs again
+      return {**trial.line, 'status': 'stopped'}
     return failed_line(trial, str(error))
   except Exception as error:  # its traceback is in the log
     return failed_line(trial, f'{type(error).__name__}: {first_line(error)}; see {log}')
+  finally:
+    stop.restore()
 
 
 def _score(trial: Trial, workdir: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +88,14 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
 
 
 @contextlib.contextmanager
-def lease_workdir(workdir: Path, *, wait: bool = False) -> Iterator[None]:
+def lease_workdir(workdir: Path, *, waiting: Callable[[], bool] = lambda: False) -> Iterator[None]:
   """Keeps every other trainer out of the folder, which is made if need be.
 
-  Raises UserError if another process is training there, unless it is to wait for it.
+  Raises UserError if another process trains there, at once or when waiting() is no longer true.
   """
   _make(workdir)
   busy = f'--workdir={workdir}: another process is training there; wait for it, or choose another'
-  with files.lease(workdir / LOCK, busy, wait=wait):
+  with files.lease(workdir / LOCK, busy, waiting=waiting):
     yield
 
 
