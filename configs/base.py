@@ -23,6 +23,9 @@ def get_config() -> ConfigDict:
       # Rotary wavelengths reach from 2 pi to 2 pi rope_base tokens. 10,000 is for contexts of
       # thousands; at 256 it leaves half of the pairs nothing to tell apart (docs/log.md).
       'rope_base': 100.0,
+      # Of the embedding's first values. Of 0.02, 0.09, 0.15 and 1.0 the best at width 128
+      # (docs/log.md).
+      'embedding_std': 0.15,
       # Training.
       'seq_len': 256,
       'batch_size': 8,
@@ -33,7 +36,7 @@ def get_config() -> ConfigDict:
       'weight_decay': 0.1,
       'grad_clip': 1.0,
       'dtype': 'float32',  # of the computation: float32 | bfloat16; parameters stay float32
-      # What attention runs on: auto goes by the devices; blockwise, cpu force one (mla/backends).
+      # What attention runs on: auto goes by the devices; blockwise, cpu, cudnn force one (mla/backends).
       'attention_impl': 'auto',
       'remat': 'none',  # none | latents (keep what the cache would keep, recompute the rest) | full
       'seed': 0,

@@ -17,7 +17,7 @@ from mla.errors import UserError, first_line
 
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'latents', 'full')
-ATTENTION_IMPLS = ('auto', 'blockwise', 'cpu')
+ATTENTION_IMPLS = ('auto', 'blockwise', 'cpu', 'cudnn')
 
 POSITIVE = (
   'num_heads head_dim num_layers d_model param_budget seq_len batch_size accumulation_steps '
@@ -32,15 +32,19 @@ TEXTS = (
 ).split()
 GROUPS = ('data', 'mesh')
 MESH = ('mesh.data', 'mesh.fsdp', 'mesh.tensor')
-FLOATS = ('learning_rate', 'grad_clip', 'weight_decay', 'rope_base')
+FLOATS = ('learning_rate', 'grad_clip', 'weight_decay', 'rope_base', 'embedding_std')
 LARGEST = 2**31 - 1  # sizes and counts must stay within int32
 
 # Of config.json; raise it with every field that is added, so that an older program refuses what it
 # would misread. Version 0 did not write its number.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # Fields that came after version 0, each with what runs did before: what an older run's config.json
 # is filled with. At this value a field is no difference between two runs.
-ADDED: dict[str, Any] = {'attention_impl': 'auto', 'data.train_split': 'train'}
+ADDED: dict[str, Any] = {
+  'attention_impl': 'auto',
+  'data.train_split': 'train',
+  'embedding_std': 0.15,
+}
 FIELDS = {*POSITIVE, *NOT_NEGATIVE, *TEXTS, *MESH, *FLOATS, *ADDED}
 
 
@@ -158,7 +162,7 @@ def _check_numbers(config: ConfigDict) -> None:
     finite = not math.isnan(_in_float32(field(config, name)))
     _require(finite, name, config, 'must be a number that is finite in float32')
   small = 'must be positive, and in float32 too (at least 1.2e-38)'
-  for name in ('learning_rate', 'grad_clip'):
+  for name in ('learning_rate', 'grad_clip', 'embedding_std'):
     _require(_in_float32(config[name]) > 0, name, config, small)
   decay = config.weight_decay
   _require(decay == 0 or _in_float32(decay) > 0, 'weight_decay', config, f'0, or {small}')

@@ -84,9 +84,6 @@ MOST_UNROLLED = 8
 # checkpoints hold the data of such keys.
 PRNG = 'threefry2x32'
 
-# Of 0.02, 0.09, 0.15 and 1.0 the best at width 128 (docs/log.md).
-EMBEDDING_STD = 0.15
-
 
 class Decoder(nnx.Module):
   """A decoder-only transformer; parameters float32, computation in config.dtype, logits float32."""
@@ -96,7 +93,7 @@ class Decoder(nnx.Module):
     self.dtype = jnp.dtype(config.dtype)
     self.remat = config.remat
     self.num_layers = config.num_layers
-    self.embedding = weight(rngs, fan_in=1, scale=EMBEDDING_STD, vocab=vocab, D=D)
+    self.embedding = weight(rngs, fan_in=1, scale=config.embedding_std, vocab=vocab, D=D)
     self.blocks = _stack(config, rngs)
     self.norm = RMSNorm(D=D)
     self.w_out = weight(rngs, fan_in=D, D=D, vocab=vocab)

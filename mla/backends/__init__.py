@@ -2,10 +2,11 @@
 writing to a cache.
 
 A backend is a module of this package with some of causal, cached and append, each of blockwise's
-signature, and missing(), which says why it can't run here ('' where it can). It answers
-NotImplemented to what it cannot do, and blockwise, which runs everywhere, does that. Dtypes, ranks,
-sizes and the sharing of heads are checked here, once for all of them, at trace time: ValueError in
-one line. That is why the public functions' annotations say so little.
+signature, and missing(), which says why it can't run here ('' where it can). To what it cannot do
+it answers NotImplemented, or raises NotImplementedError with a reason that the user is told once;
+blockwise, which runs everywhere, does that. Dtypes, ranks, sizes and the sharing of heads are
+checked here, once for all of them, at trace time: ValueError in one line. That is why the public
+functions' annotations say so little.
 
 impl, a config's attention_impl, is 'auto', which goes by the devices the program is compiled for,
 or a backend's name.
@@ -29,7 +30,7 @@ from mla.cache import DTYPES, Stored, quantise
 from mla.errors import UserError
 
 # Each backend but blockwise, and the platform it is for. Without its module the rest works.
-PLATFORMS = {'cpu': 'cpu'}
+PLATFORMS = {'cpu': 'cpu', 'cudnn': 'gpu'}
 
 _counted = False
 
@@ -166,7 +167,11 @@ def _run(impl: str, name: str, *args):
   """The first answer of the backends that impl names, blockwise the last of them."""
   for backend in _chosen(impl):
     function = getattr(backend, name, None)
-    answer = NotImplemented if function is None else function(*args)
+    try:
+      answer = NotImplemented if function is None else function(*args)
+    except NotImplementedError as error:
+      _warn(backend.__name__.split('.')[-1], str(error))
+      continue
     if answer is not NotImplemented:
       return answer
   return getattr(blockwise, name)(*args)

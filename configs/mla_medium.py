@@ -1,0 +1,18 @@
+"""Multi-head Latent Attention at 134M parameters: a latent of 256 and a rotary key of 32 a layer.
+
+  python train.py --config=configs/mla_medium.py --config.data.files='/corpus/*.txt'
+
+The cache: 6,912 bytes a token in bfloat16, between gqa_medium's and mqa_medium's. Heads are 96 wide
+in queries and keys, 64 without position and 32 rotary, and 64 in values: sizes that the TPU's and
+the GPU's attention kernels take.
+"""
+
+from configs import medium
+
+
+def get_config():
+  config = medium.get_config()
+  config.attention = 'mla'
+  config.latent_dim = 256
+  config.rope_dim = 32
+  return config
