@@ -10,8 +10,8 @@ square; MFU is that, times tokens a second, over the card's dense bfloat16 peak.
 each framework's allocator held at its highest.
 
 Decoding is greedy, one compiled loop with a donated bfloat16 cache full of noise. Its share is the
-bytes of cache and weights that a token must read, over the bytes that a copy on the card moved (read
-and written) in as much time, measured in the same process.
+bytes of cache and weights that a token must read, over the bytes that a copy on the card moved
+(read and written) in as much time, measured in the same process.
 """
 
 import functools
@@ -221,6 +221,10 @@ def copy_rate() -> float:
   return 2 * x.nbytes / best
 
 
+def fastest(settings: dict) -> str:
+  return min(settings, key=lambda name: settings[name]['ms'])
+
+
 def main() -> None:
   args = harness.arguments(
     {'ours': ours, 'peer': peer, 'decoding': decoding},
@@ -251,10 +255,7 @@ def main() -> None:
     for setting in mine.values():
       rate = setting['model_flops'] / (setting['ms'] / 1e3)
       setting['mfu'] = rate / peak if peak else None
-    best = {
-      side: min(of, key=lambda s, of=of: of[s]['ms'])
-      for side, of in (('ours', mine), ('peer', other))
-    }
+    best = {'ours': fastest(mine), 'peer': fastest(other)}
     rows.append({
       'variant': variant,
       'what': f'training step, batch {args.batch}, bfloat16, {name}',

@@ -36,7 +36,8 @@ def get_config() -> ConfigDict:
       'weight_decay': 0.1,
       'grad_clip': 1.0,
       'dtype': 'float32',  # of the computation: float32 | bfloat16; parameters stay float32
-      # What attention runs on: auto goes by the devices; blockwise, cpu, cudnn force one (mla/backends).
+      # What attention runs on: auto goes by the devices; blockwise, cpu, cudnn force one
+      # (mla/backends).
       'attention_impl': 'auto',
       'remat': 'none',  # none | latents (keep what the cache would keep, recompute the rest) | full
       'seed': 0,

@@ -1,7 +1,7 @@
 """The GPU's backend: what it makes of heads before and after the fused kernel.
 
-cuDNN runs on no CPU, so JAX's own operations stand in for the kernel, with the same public function;
-tests/aot has the kernel itself compiled, and on a GPU these tests run it.
+cuDNN runs on no CPU, so JAX's own operations stand in for the kernel, through the same public
+function; tests/aot has the kernel itself compiled, and on a GPU these tests run it.
 """
 
 import functools
