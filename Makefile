@@ -27,7 +27,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --ignore=tests/test_ray_engine.py --ignore=tests/test_fuzz.py
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --ignore=tests/test_ray_engine.py --ignore=tests/test_fuzz.py --ignore=tests/aot
 
 # The peers: transformers on torch. On Linux plain torch brings CUDA along; install a CPU build first to avoid that.
 $(VENV)/.installed-bench: $(VENV)/.installed

@@ -18,7 +18,6 @@ import functools
 import gc
 import importlib
 import os
-import subprocess
 import time
 
 import numpy as np
@@ -30,11 +29,6 @@ VOCAB = 32_000
 # Dense bfloat16 FLOP/s by the vendor's data sheets, by a part of the card's name.
 PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'L4': 121e12}
 COPY_BYTES = 2 << 30
-
-
-def card() -> str:
-  query = ['nvidia-smi', '--query-gpu=name', '--format=csv,noheader']
-  return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
 def case_config(case: dict):
@@ -75,10 +69,11 @@ def ours(case: dict) -> dict:
         compiled = jitted.lower(state, tokens).compile()
         figures: dict = {'compile_seconds': time.perf_counter() - began}
         memory = compiled.memory_analysis()
+        assert memory is not None
         figures['compiler_bytes'] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        text = compiled.as_text()
+        text = compiled.as_text() or ''
         figures['fused_attention'] = 'fmha' in text
-        losses = []
+        losses: list = []
         for index in range(WARM_UP + STEPS):
           if index == WARM_UP:
             losses[-1].block_until_ready()
@@ -235,7 +230,7 @@ def main() -> None:
     compiled=1,
     blockwise=0,
   )
-  name = card()
+  name = harness.gpu()
   peak = next((flops for part, flops in PEAKS.items() if part in name), None)
   rows = []
   for variant in args.variants.split(','):
@@ -252,9 +247,9 @@ def main() -> None:
     losses = [of['loss'] for of in (*mine.values(), *other.values())]
     if max(losses) - min(losses) > 0.02:
       raise AssertionError(f'{variant}: ours and peer are not the same model: losses {losses}')
-    for setting in mine.values():
-      rate = setting['model_flops'] / (setting['ms'] / 1e3)
-      setting['mfu'] = rate / peak if peak else None
+    if peak:
+      for setting in mine.values():
+        setting['mfu'] = setting['model_flops'] / (setting['ms'] / 1e3) / peak
     best = {'ours': fastest(mine), 'peer': fastest(other)}
     rows.append({
       'variant': variant,
@@ -267,7 +262,7 @@ def main() -> None:
         other[best['peer']]['ms'] / mine[best['ours']]['ms'],
       ),
       'ours_setting': best['ours'],
-      'mfu': mine[best['ours']]['mfu'],
+      'mfu': mine[best['ours']].get('mfu'),
       'all_settings': {'ours': mine, 'peer': other},
     })  # fmt: skip
     for context, figures in harness.run_worker('bench.gpu', 'decoding', case).items():

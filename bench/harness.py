@@ -5,9 +5,11 @@ JSON object {setting: {figure: value}}; a side's best setting of each round is w
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,7 +33,17 @@ def hardware() -> dict:
   if Path('/proc/cpuinfo').exists():
     lines = Path('/proc/cpuinfo').read_text().splitlines()
     model = next((x.split(':')[1].strip() for x in lines if x.startswith('model name')), model)
-  return {'cpu': model, 'cores': cores(), 'system': platform.system()}
+  found = {'cpu': model, 'cores': cores(), 'system': platform.system()}
+  return {**found, 'gpu': gpu()} if gpu() else found
+
+
+@functools.cache
+def gpu() -> str:
+  """The first NVIDIA card's name; '' without one."""
+  if not shutil.which('nvidia-smi'):
+    return ''
+  query = ['nvidia-smi', '--query-gpu=name', '--format=csv,noheader']
+  return (subprocess.run(query, capture_output=True, text=True).stdout.splitlines() or [''])[0]
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-jax.config.update('jax_platforms', 'cpu')
+# A CPU, whatever there is; JAX_PLATFORMS=cuda asks for a GPU, for the tests of its kernels.
+jax.config.update('jax_platforms', 'cuda' if os.environ.get('JAX_PLATFORMS') == 'cuda' else 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 
 install_import_hook('mla', 'beartype.beartype')  # before anything of mla is imported
