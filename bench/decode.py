@@ -58,7 +58,7 @@ def ours(case: dict) -> dict:
     with jax.set_mesh(mesh):
       placed, cache = generation.place(model, empty, mesh)
       logits, cache = fill(placed, cache, prompts, lengths)
-      start = (cache, jnp.argmax(logits[:, -1], -1))
+      start = (cache, jnp.argmax(logits, -1))
       ((figures, tokens),) = generation.time_generation(placed, [start])
     return {**figures, 'first_tokens': tokens[0][:, :CHECKED].tolist()}
 

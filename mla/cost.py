@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from mla import backends
+from mla import backends, loss
 from mla import model as model_lib
 from mla.optimizer import make_optimizer
-from mla.train import init_state, token_nll, train_step
+from mla.train import init_state, mean_nll, train_step
 
 
 def training_costs(config: ConfigDict, vocab: int) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def train_flops_per_token(config: ConfigDict, vocab: int) -> float:
   """
 
   def flops(layers: int) -> float:
-    with backends.counted():
+    with backends.counted(), loss.whole():
       compiled = _compile_step(
         _copy(config, num_layers=layers, remat='none', accumulation_steps=1), vocab
       )
@@ -71,10 +71,10 @@ def activation_bytes(config: ConfigDict, vocab: int, remat: str) -> int:
   graphdef, params = nnx.split(_abstract_model(config, vocab))
 
   def residuals(params, tokens):
-    def loss(params):
-      return jnp.mean(token_nll(nnx.merge(graphdef, params), tokens))
+    def mean(params):
+      return mean_nll(nnx.merge(graphdef, params), tokens)
 
-    return jax.vjp(loss, params)[1]
+    return jax.vjp(mean, params)[1]
 
   kept = jax.eval_shape(residuals, params, _abstract_batch(config))
   weights = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)}

@@ -17,8 +17,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from mla import loss, sharding
 from mla import model as model_lib
-from mla import sharding
 from mla.errors import UserError
 
 # Axis letter -> the field that sets its size.
@@ -79,12 +79,16 @@ def training_needs(config: ConfigDict, mesh: Mesh) -> list[Need]:
     'F': model.blocks.ffn.w_gate.shape[-1],
     'vocab': vocabulary(config),
   }
-  kept = [('activations', ('L', 'B', 'T', 'D')), ('logits', ('B', 'T', 'vocab'))]
+  kept = [('activations', ('L', 'B', 'T', 'D'))]
   if config.remat == 'none' and _is_cpu(mesh):  # other backends may compute these again
     kept.append(('activations', ('L', 'B', 'T', 'F')))
   for what, axes in kept:
     shape = tuple(sizes[letter] for letter in axes)
     needs.append(Need(what, axes, shape, itemsize * math.prod(shape) // mesh.size))
+  axes = ('B', 'T', 'vocab')
+  shape = tuple(sizes[letter] for letter in axes)
+  logits = min(itemsize * math.prod(shape) // mesh.size, loss.CHUNK_BYTES // 2)  # of a chunk
+  needs.append(Need('logits', axes, shape, logits))
   return needs
 
 

@@ -135,11 +135,16 @@ def make_model(config: ConfigDict, vocab: int) -> Decoder:
 
 def forward(model: Decoder, tokens: Int[Array, 'B T']) -> Float[Array, 'B T vocab']:
   """Logits of every token's successor, all positions in parallel."""
-  return _parallel(model, tokens)[0]
+  return model.logits(_parallel(model, tokens)[0])
+
+
+def states(model: Decoder, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
+  """What w_out makes forward's logits of; mla/loss.py does without them."""
+  return model.norm(_parallel(model, tokens)[0])
 
 
 def _parallel(model: Decoder, tokens: Array) -> tuple[Array, dict[str, Array]]:
-  """Logits, and what a cache would keep: entries[name] is [L, B, T, *shape]."""
+  """The last block's output, and what a cache would keep: entries[name] is [L, B, T, *shape]."""
   positions = np.arange(tokens.shape[1])[None]
   graphdef, stacked = nnx.split(model.blocks)
 
@@ -151,8 +156,7 @@ def _parallel(model: Decoder, tokens: Array) -> tuple[Array, dict[str, Array]]:
   unroll = model.remat == 'none' and model.num_layers <= MOST_UNROLLED
   if model.remat != 'none':
     block = jax.checkpoint(block, policy=REMAT_POLICIES[model.remat], prevent_cse=False)
-  x, entries = jax.lax.scan(block, model.embed(tokens), stacked, unroll=unroll)
-  return model.logits(x), entries
+  return jax.lax.scan(block, model.embed(tokens), stacked, unroll=unroll)
 
 
 def allocate_cache(model: Decoder, *, batch: int, slots: int, dtype: str) -> Cache:
@@ -165,15 +169,16 @@ def allocate_cache(model: Decoder, *, batch: int, slots: int, dtype: str) -> Cac
 
 def prefill(
   model: Decoder, cache: Cache, tokens: Int[Array, 'B T'], lengths: Array
-) -> tuple[Float[Array, 'B T vocab'], Cache]:
+) -> tuple[Float[Array, 'B vocab'], Cache]:
   """Runs prompts, right-padded to T, into an empty cache of at least T slots.
 
   lengths[b], an integer, of row b's tokens are real; the padding's slots are beyond every later
-  query's sight until the tokens decoded next overwrite them. A row whose length is not in 0 .. T
-  becomes one that is full: decoding gives it NaN. ValueError for shapes that don't fit.
+  query's sight until the tokens decoded next overwrite them. Returns the logits of each row's last
+  real token; NaN if it has none. A row whose length is not in 0 .. T becomes one that is full:
+  decoding gives it NaN. ValueError for shapes that don't fit.
   """
   _check_fit(cache, tokens, lengths)
-  logits, entries = _parallel(model, tokens)
+  x, entries = _parallel(model, tokens)
   starts = jnp.zeros_like(cache.lengths)
   layers = tuple(
     append(
@@ -184,8 +189,10 @@ def prefill(
     )
     for i, layer in enumerate(cache.layers)
   )
-  real = (lengths >= 0) & (lengths <= tokens.shape[1])
-  return logits, Cache(layers, jnp.where(real, lengths, cache.slots).astype(jnp.int32))
+  fits = (lengths >= 0) & (lengths <= tokens.shape[1])
+  last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1, mode='clip')
+  logits = jnp.where((fits & (lengths > 0))[:, None], model.logits(last)[:, 0], jnp.nan)
+  return logits, Cache(layers, jnp.where(fits, lengths, cache.slots).astype(jnp.int32))
 
 
 def decode(
@@ -238,8 +245,7 @@ def generate(
     raise ValueError(
       f'{prompts.shape[1]} prompt tokens and {steps} more do not fit in {cache.slots} cache slots'
     )
-  logits, cache = prefill(model, cache, prompts, lengths)
-  last = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
+  last, cache = prefill(model, cache, prompts, lengths)
   pick = functools.partial(sample, temperature=temperature, top_p=top_p)
   first_key, key = jax.random.split(key)
 

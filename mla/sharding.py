@@ -58,15 +58,16 @@ def check_batch(config: ConfigDict, mesh: Mesh) -> None:
     )
 
 
+def split_over(letter: str, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+  """The mesh axes that an axis of this letter and size lies on; one that doesn't divide on none."""
+  names = RULES.get(letter, ())
+  return names if size % math.prod(mesh.shape[name] for name in names) == 0 else ()
+
+
 def spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-  """The partition of an array with these axis letters; an axis that does not divide stays whole."""
-
-  def place(letter: str, size: int) -> tuple[str, ...] | None:
-    names = RULES.get(letter)
-    divides = names and size % math.prod(mesh.shape[name] for name in names) == 0
-    return names if divides else None
-
-  return PartitionSpec(*map(place, axes, shape))
+  """The partition of an array with these axis letters."""
+  places = (split_over(letter, size, mesh) for letter, size in zip(axes, shape, strict=True))
+  return PartitionSpec(*(names or None for names in places))
 
 
 def shardings(tree, mesh: Mesh):

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from mla import backends, hosts, memory, sharding
 from mla import config as config_lib
+from mla import loss as loss_lib
 from mla import model as model_lib
 from mla.checkpoint import Checkpoints
 from mla.data.pipeline import Data, EvalWindows, eval_windows, load_data, skip_to, train_batches
@@ -209,7 +210,7 @@ def train_step(
   """One update on a batch: the mean gradient over accumulation_steps micro-batches."""
 
   def loss_fn(params, tokens):
-    return jnp.mean(token_nll(nnx.merge(graphdef, params), tokens))
+    return mean_nll(nnx.merge(graphdef, params), tokens)
 
   def micro_step(carry, tokens):
     return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_fn)(state.params, tokens)), None
@@ -229,16 +230,17 @@ def train_step(
   return TrainState(params, opt_state, state.step + 1, state.key), measured
 
 
-def token_nll(model: model_lib.Decoder, tokens: Int[Array, 'B window']) -> Float[Array, 'B T']:
-  """Each target's negative log-likelihood in nats, all positions in parallel."""
-  logits = model_lib.forward(model, tokens[:, :-1])
-  return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+def mean_nll(model: model_lib.Decoder, tokens: Int[Array, 'B window']) -> Float[Array, '']:
+  """The mean negative log-likelihood of the targets in nats, all positions in parallel."""
+  return loss_lib.mean_nll(model_lib.states(model, tokens[:, :-1]), model.w_out[...], tokens[:, 1:])
 
 
 def eval_step(
   graphdef, params, tokens: Int[Array, 'B window'], mask: Array
 ) -> tuple[Float[Array, ''], Int[Array, '']]:
-  nll = token_nll(nnx.merge(graphdef, params), tokens)
+  model = nnx.merge(graphdef, params)
+  x = model_lib.states(model, tokens[:, :-1])
+  nll = loss_lib.token_nll(x, model.w_out[...], tokens[:, 1:])
   return jnp.sum(nll, where=mask), jnp.sum(mask, dtype=jnp.int32)
 
 

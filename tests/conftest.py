@@ -1,8 +1,10 @@
 """Eight CPU devices for every test, shape annotations checked for real, and the tiny models."""
 
 import contextlib
+import math
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # What one test, worker or subprocess has compiled, the others load. Set before JAX is imported; the
@@ -70,6 +72,26 @@ def tiny_config(arm: str = 'mla', **changes):
   config.update({**TINY, **ARMS[arm]})
   config.update_from_flattened_dict({name.replace('__', '.'): v for name, v in changes.items()})
   return config
+
+
+def mesh_of(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
+  """A mesh over the first of the eight devices: (data, fsdp, tensor)."""
+  return jax.make_mesh(
+    shape,
+    ('data', 'fsdp', 'tensor'),
+    devices=jax.devices()[: math.prod(shape)],
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+  )
+
+
+def arrays_in(jaxpr) -> Iterator[jax.core.ShapedArray]:
+  """Shape and dtype of every array a program computes, inner programs included."""
+  for eqn in jaxpr.eqns:
+    yield from (var.aval for var in eqn.outvars if hasattr(var.aval, 'shape'))
+    for inner in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, 'eqns')):
+      inner = getattr(inner, 'jaxpr', inner)
+      if hasattr(inner, 'eqns'):
+        yield from arrays_in(inner)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import arrays_in, tiny_config
 from flax import nnx
 
 from configs import gqa_small, mha_small, mla_small, mqa_small
@@ -10,6 +10,7 @@ from mla.model import (
   Decoder,
   allocate_cache,
   count_params,
+  forward,
   generate,
   make_model,
   prefill,
@@ -79,3 +80,19 @@ def test_what_does_not_fit_in_the_cache_is_refused():
     prefill(model, cache, prompt, lengths)
   with pytest.raises(ValueError, match='8 cache slots'):
     generate(model, cache, prompt[:, :4], jnp.array([4]), jax.random.key(0), steps=5)
+
+
+def test_prefill_makes_logits_only_of_each_rows_last_token():
+  model, vocab = make_model(tiny_config(), 61), 61
+  cache = allocate_cache(model, batch=4, slots=8, dtype='float32')
+  prompts, lengths = jnp.ones((4, 8), jnp.int32), jnp.array([8, 0, 9, -1])
+  logits, _ = prefill(model, cache, prompts, lengths)
+  assert [bool(jnp.all(jnp.isnan(row))) for row in logits] == [False, True, True, True]
+
+  def largest(function, *inputs) -> int:
+    """The most elements of an array with the vocabulary's axis."""
+    program = jax.make_jaxpr(lambda *inputs: function(model, *inputs))(*inputs)
+    return max(x.size for x in arrays_in(program.jaxpr) if x.shape[-1:] == (vocab,))
+
+  assert largest(prefill, cache, prompts, lengths) == 4 * vocab
+  assert largest(forward, prompts) == 4 * 8 * vocab

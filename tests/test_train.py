@@ -291,14 +291,14 @@ def test_a_workdir_whose_claim_was_interrupted_is_free(text, tmp_path):
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(text, tmp_path, monkeypatch):
   import mla.train
 
-  finite = mla.train.token_nll
+  finite = mla.train.mean_nll
 
   def nan_when_poisoned(model, tokens):
     return finite(model, tokens) * poison
 
   workdir, config = tmp_path / 'run', config_of(text)
   poison = 1.0
-  monkeypatch.setattr(mla.train, 'token_nll', nan_when_poisoned)
+  monkeypatch.setattr(mla.train, 'mean_nll', nan_when_poisoned)
 
   def stop(step, evaluation):
     signal.raise_signal(signal.SIGTERM)
