@@ -120,7 +120,8 @@ def _in_chunks(x, w_out, targets, *, gradients: bool) -> tuple[Array, ...]:
   axes = _axes(x, w_out)
   length = min(_chunk_length(x, w_out, axes), x.shape[1])
   local = functools.partial(_on_a_device, axes, length, gradients)
-  w = constrain(w_out.astype(x.dtype), 'D_whole', 'vocab')
+  # Still split when it is cast, or it would be gathered in float32.
+  w = constrain(constrain(w_out.astype(x.dtype), 'D', 'vocab'), 'D_whole', 'vocab')
   if not axes.rows + axes.vocabulary:
     return local(x, w, targets)
   rows, columns = PartitionSpec(axes.rows or None), axes.vocabulary or None

@@ -58,9 +58,15 @@ def check_batch(config: ConfigDict, mesh: Mesh) -> None:
     )
 
 
+def rule(letter: str, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+  """RULES' mesh axes for this letter, without those that a shard_map around has split already."""
+  types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  return tuple(name for name in RULES.get(letter, ()) if types[name] != AxisType.Manual)
+
+
 def split_over(letter: str, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
   """The mesh axes that an axis of this letter and size lies on; one that doesn't divide on none."""
-  names = RULES.get(letter, ())
+  names = rule(letter, mesh)
   return names if size % math.prod(mesh.shape[name] for name in names) == 0 else ()
 
 

@@ -212,22 +212,52 @@ def train_step(
   def loss_fn(params, tokens):
     return mean_nll(nnx.merge(graphdef, params), tokens)
 
-  def micro_step(carry, tokens):
-    return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_fn)(state.params, tokens)), None
-
+  loss_and_grads = jax.value_and_grad(loss_fn)
   if config.accumulation_steps == 1:
-    loss, grads = jax.value_and_grad(loss_fn)(state.params, tokens)
+    loss, grads = loss_and_grads(state.params, tokens)
   else:
-    # Every micro-batch takes rows from each device's part of the batch, so none is moved.
-    micro = tokens.reshape(-1, config.accumulation_steps, tokens.shape[1]).swapaxes(0, 1)
-    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), jnp.float32), state.params))
-    (loss, grads), _ = jax.lax.scan(micro_step, zeros, micro)
-    loss, grads = jax.tree.map(lambda total: total / config.accumulation_steps, (loss, grads))
+    loss, grads = accumulate(loss_and_grads, config.accumulation_steps, state.params, tokens)
   with jax.numpy_dtype_promotion('standard'):  # which optax counts on
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   measured = {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
   return TrainState(params, opt_state, state.step + 1, state.key), measured
+
+
+def accumulate(loss_and_grads, steps: int, params, tokens: Int[Array, 'B window']):
+  """The mean of loss_and_grads(params, micro-batch) over `steps` micro-batches.
+
+  On a mesh of data alone each device adds up those of its own rows, and the sums are exchanged once,
+  at the end. With fsdp or tensor that is done for each micro-batch: to wait would take the whole
+  gradient on each device, and XLA's partitioner fails where half of a mesh is left to it.
+  """
+
+  def local(params, tokens):
+    # Every micro-batch takes rows from each device's part of the batch, so none is moved.
+    micro = tokens.reshape(-1, steps, tokens.shape[1]).swapaxes(0, 1)
+
+    def micro_step(total, tokens):
+      return jax.tree.map(jnp.add, total, loss_and_grads(params, tokens)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), jnp.float32), params))
+    total, _ = jax.lax.scan(micro_step, zeros, micro)
+    return jax.tree.map(lambda part: part / steps, total)
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.size == 1 or mesh.shape['data'] < mesh.size:
+    return local(params, tokens)
+
+  def on_a_device(params, tokens):
+    return jax.lax.pmean(local(params, tokens), 'data')
+
+  spec = jax.sharding.PartitionSpec
+  return jax.shard_map(
+    on_a_device,
+    in_specs=(spec(), spec('data')),
+    out_specs=spec(),
+    axis_names={'data'},
+    check_vma=False,
+  )(params, tokens)
 
 
 def mean_nll(model: model_lib.Decoder, tokens: Int[Array, 'B window']) -> Float[Array, '']:

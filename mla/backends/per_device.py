@@ -7,7 +7,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from mla.sharding import RULES
+from mla.sharding import rule
 
 
 def per_device(
@@ -25,12 +25,12 @@ def per_device(
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return function(*arrays)
-  rows, heads = (math.prod(mesh.shape[name] for name in RULES[letter]) for letter in 'BK')
+  rows, heads = (math.prod(mesh.shape[name] for name in rule(letter, mesh)) for letter in 'BK')
   split = {'B': arrays[0].shape[0] % rows == 0, 'H': groups % heads == 0, 'K': groups % heads == 0}
 
   def spec(letters: str, sizes: Sequence[int] | None = None) -> PartitionSpec:
     return PartitionSpec(*(
-      RULES[letter] if split.get(letter) and not (sizes and sizes[i] == 1) else None
+      rule(letter, mesh) if split.get(letter) and not (sizes and sizes[i] == 1) else None
       for i, letter in enumerate(letters)
     ))  # fmt: skip
 
