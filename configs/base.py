@@ -39,7 +39,9 @@ def get_config() -> ConfigDict:
       # What attention runs on: auto goes by the devices; blockwise, cpu, cudnn force one
       # (mla/backends).
       'attention_impl': 'auto',
-      'remat': 'none',  # none | latents (keep what the cache would keep, recompute the rest) | full
+      # What a layer keeps for the backward pass, the rest being computed again (mla/remat.py):
+      # none | latents (what the cache would keep) | block (attention's output) | full.
+      'remat': 'none',
       'seed': 0,
       # What is written, and how often (in steps).
       'eval_every': 500,

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from mla.errors import UserError, first_line
 
 DTYPES = ('float32', 'bfloat16')
-REMATS = ('none', 'latents', 'full')
+REMATS = ('none', 'latents', 'block', 'full')
 ATTENTION_IMPLS = ('auto', 'blockwise', 'cpu', 'cudnn')
 
 POSITIVE = (

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from mla import cache as cache_lib
+from mla import remat
 from mla.attention import append, make_attention
 from mla.attention.rope import Positions
 from mla.cache import Cache
@@ -54,7 +55,7 @@ class Block(nnx.Module):
     x = constrain(x, 'B', 'T', 'D_whole')
     h = self.attention_norm(x)
     entries = self.attention.compress(h, positions)
-    entries = {name: checkpoint_name(entry, 'latents') for name, entry in entries.items()}
+    entries = {name: checkpoint_name(entry, remat.LATENTS) for name, entry in entries.items()}
     x = x + self.attention.attend(h, entries, positions)
     return x + self.ffn(self.ffn_norm(x)), entries
 
@@ -67,14 +68,6 @@ class Block(nnx.Module):
     layer = append(layer, entries, positions[:, 0], impl=self.attention.impl)
     x = x + self.attention.attend_cached(h, layer, positions)
     return x + self.ffn(self.ffn_norm(x)), layer
-
-
-REMAT_POLICIES = {
-  'full': jax.checkpoint_policies.nothing_saveable,
-  # Keep what the cache would keep (MLA: C + R elements a token and layer), recompute the rest;
-  # DeepSeek-V3 (arXiv 2412.19437, section 3.2.3) does this with its up-projections.
-  'latents': jax.checkpoint_policies.save_only_these_names('latents'),
-}
 
 
 # Layers up to which compilation takes no longer unrolled than scanned.
@@ -155,7 +148,7 @@ def _parallel(model: Decoder, tokens: Array) -> tuple[Array, dict[str, Array]]:
   # is safe from having its recomputation merged away, so remat keeps it.
   unroll = model.remat == 'none' and model.num_layers <= MOST_UNROLLED
   if model.remat != 'none':
-    block = jax.checkpoint(block, policy=REMAT_POLICIES[model.remat], prevent_cse=False)
+    block = jax.checkpoint(block, policy=remat.POLICIES[model.remat], prevent_cse=False)
   return jax.lax.scan(block, model.embed(tokens), stacked, unroll=unroll)
 
 

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
 from mla.cache import Stored
+from mla.remat import ATTENTION
 
 # Tokens a block. Small blocks waste less of the diagonal's masked half and stay in a core's cache,
 # large ones make fewer and better matmuls. Measured on CPU: docs/log.md.
@@ -82,7 +84,7 @@ def _blockwise_forward(q, k, v, block):
     return None, ((out / total).astype(v.dtype), top + jnp.log(total))
 
   _, rows = jax.lax.scan(attend_row, None, jnp.arange(q.shape[3] // block, dtype=jnp.int32))
-  out, log_sum = map(_join_rows, rows)
+  out, log_sum = (checkpoint_name(_join_rows(x), ATTENTION) for x in rows)
   return out, (q, k, v, out, log_sum)
 
 
