@@ -228,8 +228,8 @@ def accumulate(loss_and_grads, steps: int, params, tokens: Int[Array, 'B window'
   """The mean of loss_and_grads(params, micro-batch) over `steps` micro-batches.
 
   On a mesh of data alone each device adds up those of its own rows, and the sums are exchanged
-  once, at the end. With fsdp or tensor that is done for each micro-batch: to wait would take the whole
-  gradient on each device, and XLA's partitioner fails where half of a mesh is left to it.
+  once, at the end. With fsdp or tensor that is done for each micro-batch: to wait would take the
+  whole gradient on each device, and XLA's partitioner fails where half of a mesh is left to it.
   """
 
   def local(params, tokens):

@@ -222,7 +222,7 @@ def test_weights_do_lie_on_the_mesh(arm):
 
 
 @VARIANTS
-@pytest.mark.parametrize('remat', ['latents', 'full'])
+@pytest.mark.parametrize('remat', ['latents', 'block', 'full'])
 def test_remat_changes_no_losses(arm, remat):
   np.testing.assert_allclose(losses(arm, remat=remat), losses(arm), rtol=1e-6)
 

@@ -5,6 +5,7 @@ import pytest
 from conftest import tiny_config
 
 from mla import cost
+from mla.config import REMATS
 from mla.model import allocate_cache, count_params, make_model
 
 VOCAB = 61
@@ -52,6 +53,23 @@ def test_keeping_only_the_latents_keeps_less():
   latents = batch * config.num_layers * (config.latent_dim + config.rope_dim) * 4
   assert latents < costs['latents']['activation_bytes'] < costs['none']['activation_bytes'] / 3
   assert costs['latents']['peak_bytes'] < costs['none']['peak_bytes']
+
+
+@pytest.mark.parametrize('arm', ['mha', 'mla'])
+def test_what_each_remat_keeps(arm):
+  """Of a layer full keeps the input, latents the cache's entries too, block attention's output and
+  the sums of its softmax; of the rest of the model they keep the same."""
+  config = wide_config(arm, attention_impl='blockwise', dtype='bfloat16')
+  kept = {remat: cost.activation_bytes(config, VOCAB, remat) for remat in REMATS}
+  config.num_layers -= 1
+  fewer = cost.activation_bytes(config, VOCAB, 'full')
+  tokens = config.batch_size * config.seq_len
+  assert kept['full'] - fewer == tokens * 2 * config.d_model
+  tokens *= 3  # in all layers
+  entries = {'mha': 2 * 4 * 32, 'mla': 64 + 32}[arm]
+  assert kept['latents'] - kept['full'] == tokens * 2 * entries
+  assert kept['block'] - kept['full'] == tokens * (2 * 4 * 32 + 4 * 4)
+  assert kept['none'] > 3 * max(kept['latents'], kept['block'])
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'int8'])
