@@ -36,8 +36,8 @@ def get_config() -> ConfigDict:
       'weight_decay': 0.1,
       'grad_clip': 1.0,
       'dtype': 'float32',  # of the computation: float32 | bfloat16; parameters stay float32
-      # What attention runs on: auto goes by the devices; blockwise, cpu, cudnn force one
-      # (mla/backends).
+      # What attention runs on: auto goes by the devices; blockwise, cpu, cudnn, splash
+      # force one (mla/backends).
       'attention_impl': 'auto',
       # What a layer keeps for the backward pass, the rest being computed again (mla/remat.py):
       # none | latents (what the cache would keep) | block (attention's output) | full.

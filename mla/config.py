@@ -17,7 +17,7 @@ from mla.errors import UserError, first_line
 
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'latents', 'block', 'full')
-ATTENTION_IMPLS = ('auto', 'blockwise', 'cpu', 'cudnn')
+ATTENTION_IMPLS = ('auto', 'blockwise', 'cpu', 'cudnn', 'splash')
 
 POSITIVE = (
   'num_heads head_dim num_layers d_model param_budget seq_len batch_size accumulation_steps '

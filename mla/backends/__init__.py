@@ -30,7 +30,7 @@ from mla.cache import DTYPES, Stored, quantise
 from mla.errors import UserError
 
 # Each backend but blockwise, and the platform it is for. Without its module the rest works.
-PLATFORMS = {'cpu': 'cpu', 'cudnn': 'gpu'}
+PLATFORMS = {'cpu': 'cpu', 'cudnn': 'gpu', 'splash': 'tpu'}
 
 _counted = False
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mla.backends.per_device import per_device
+from mla.backends.per_device import per_query_head
 
 WIDEST = 128  # dims of a head that the kernels take on every card, gradients included
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -32,18 +32,19 @@ def causal(
   if width > WIDEST:
     raise NotImplementedError(f'its heads have at most {WIDEST} dims, not {width}')
   whole = [jnp.broadcast_to(k, (*k.shape[:2], groups, k.shape[3])) for k in keys]
+  length, odd = values.shape[1], values.shape[1] % 2  # gradients take even lengths only
 
   def padded(parts: Sequence[Array]) -> Array:
     joined = jnp.concatenate(parts, axis=-1)
-    return jnp.pad(joined, ((0, 0),) * 3 + ((0, width - joined.shape[3]),))
+    return jnp.pad(joined, ((0, 0), (0, odd), (0, 0), (0, width - joined.shape[3])))
 
-  def attend(q: Array, k: Array, v: Array) -> tuple[Array, ...]:
-    out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation='cudnn')
-    return (out,)
+  def attend(q: Array, k: Array, v: Array) -> Array:
+    return jax.nn.dot_product_attention(
+      q, k, v, scale=scale, is_causal=True, implementation='cudnn'
+    )
 
-  arrays = (padded(queries), padded(whole), padded([values]))
-  (out,) = per_device(attend, arrays, ('BTH.', 'BTK.', 'BTK.'), ('BTH.',), groups)
-  return out[..., : values.shape[3]]
+  out = per_query_head(attend, padded(queries), padded(whole), padded([values]))
+  return out[:, :length, :, : values.shape[3]]
 
 
 def _width(queries: Sequence[Array], values: Array) -> int:

@@ -1,0 +1,30 @@
+"""What the TPU's own compiler makes of the program, on a machine without one."""
+
+import re
+
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from programs import ARMS, compiled_generation, compiled_step, config_of, mesh_of
+
+
+def v5e(*sizes: int) -> Mesh:
+  """Eight chips of a v5e."""
+  return mesh_of(
+    topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x4').devices, sizes
+  )
+
+
+@pytest.mark.parametrize('arm', ARMS)
+@pytest.mark.parametrize('remat', ['none', 'latents'])
+def test_training_runs_splash_attention_and_no_loop(arm, remat):
+  text = compiled_step(config_of(arm, remat=remat), v5e(2, 2, 2)).as_text()
+  kernels = set(re.findall(r'splash_m[hq]a_(\w+?)_', text))
+  assert kernels == {'fwd', 'dq', 'dkv'} and 'tpu_custom_call' in text
+  # With remat the layers are a loop, forward and backward. Attention has none.
+  assert len(re.findall(r' while\(', text)) <= (0 if remat == 'none' else 2)
+
+
+@pytest.mark.parametrize('arm', ARMS)
+def test_prompts_and_decoding_compile(arm):
+  assert 'tpu_custom_call' in compiled_generation(config_of(arm), v5e(8, 1, 1)).as_text()
