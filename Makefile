@@ -1,10 +1,10 @@
-# make install | train | test | test-interop | test-sweep | test-fuzz | bench. Each sets up what it needs; PYTHON=... chooses the interpreter, VENV=... the folder.
+# make install | train | test | test-interop | test-sweep | test-fuzz | test-aot | bench. Each sets up what it needs; PYTHON=... chooses the interpreter, VENV=... the folder.
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 BIN = $(VENV)/bin
 
-.PHONY: install train test test-interop test-sweep test-fuzz bench
+.PHONY: install train test test-interop test-sweep test-fuzz test-aot bench
 
 install: $(VENV)/.installed
 
@@ -47,6 +47,16 @@ test-sweep: $(VENV)/.installed-sweep
 # Two hundred kinds of hostile input and damage, from one seed.
 test-fuzz: install
 	$(BIN)/python -m pytest tests/test_fuzz.py
+
+# The compilers of a TPU and an H100, neither of which has to be here; in a venv of their own, of some 7 GB.
+$(VENV)-aot/.installed-aot: pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory install VENV=$(VENV)-aot
+	@echo 'installing the compilers for TPU and GPU into $(VENV)-aot, some 3 GB to fetch'
+	@$(VENV)-aot/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test,aot,cuda12]'
+	@touch $@
+
+test-aot: $(VENV)-aot/.installed-aot
+	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest tests/aot
 
 test-interop: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest tests/test_interop.py
