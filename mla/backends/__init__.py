@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from mla.backends import blockwise
+from mla.backends.per_device import share_key_heads
 from mla.cache import DTYPES, Stored, quantise
 from mla.errors import UserError
 
@@ -71,6 +72,7 @@ def causal_attention(
     _require(array.dtype == queries[0].dtype, f'{name}: {array.dtype}, queries {queries[0].dtype}')
   if _counted:
     return blockwise.causal(queries, keys, values, scale, block=length)
+  keys, values = share_key_heads(keys, values, heads)
   return _run(impl, 'causal', queries, keys, values, scale)
 
 

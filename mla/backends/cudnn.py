@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mla.backends.per_device import per_query_head
+from mla.backends.per_device import per_device
 
 WIDEST = 128  # dims of a head that the kernels take on every card, gradients included
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -38,12 +38,12 @@ def causal(
     joined = jnp.concatenate(parts, axis=-1)
     return jnp.pad(joined, ((0, 0), (0, odd), (0, 0), (0, width - joined.shape[3])))
 
-  def attend(q: Array, k: Array, v: Array) -> Array:
-    return jax.nn.dot_product_attention(
-      q, k, v, scale=scale, is_causal=True, implementation='cudnn'
-    )
+  def attend(q: Array, k: Array, v: Array) -> tuple[Array, ...]:
+    out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation='cudnn')
+    return (out,)
 
-  out = per_query_head(attend, padded(queries), padded(whole), padded([values]))
+  arrays = (padded(queries), padded(whole), padded([values]))
+  (out,) = per_device(attend, arrays, ['BTH_', 'BTK_', 'BTK_'], ['BTH_'], groups)
   return out[:, :length, :, : values.shape[3]]
 
 

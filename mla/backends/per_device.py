@@ -1,13 +1,15 @@
-"""A backend's kernel on every device of the mesh: XLA cannot split what it does not see into."""
+"""Attention over a mesh: a backend's kernel on every device, for XLA cannot split what it does not
+see into; and key heads where there are fewer than devices to share them."""
 
 import math
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from mla.sharding import rule, split_over
+from mla.sharding import constrain, rule
 
 
 def per_device(
@@ -39,29 +41,23 @@ def per_device(
   return jax.shard_map(function, in_specs=given, out_specs=results, check_vma=False)(*arrays)
 
 
-def per_query_head(
-  attend: Callable[[Array, Array, Array], Array], q: Array, k: Array, v: Array
-) -> Array:
-  """attend(q, k, v) on each device's rows and query heads, with the key heads that these read.
+def share_key_heads(
+  keys: Sequence[Array], values: Array, heads: int
+) -> tuple[Sequence[Array], Array]:
+  """[B,T,K,dims] with each key head repeated until the mesh can split them as it does H heads.
 
-  q is [B,T,H,dims], k and v [B,T,K,dims]. Key heads fewer than the devices of the tensor axis lie
-  whole on each of them, which takes the one its queries read. For what JAX differentiates: the
-  gradients of such keys are summed over the devices, once, after the kernel.
+  A device then has the key heads that its own query heads read, and no others: none is repeated in
+  its memory. Their gradients are summed over devices once, after attention; of key heads that lie
+  whole XLA would sum them in each turn of a loop. Where H heads don't split evenly, and without a
+  mesh, all stays as it is; so does a key's single head for all.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  axes, heads, groups = () if mesh.empty else rule('H', mesh), q.shape[2], k.shape[2]
-  devices = math.prod(mesh.shape[name] for name in axes)
-  if groups % devices == 0 or heads % devices or devices % groups:
-    return per_device(
-      lambda *arrays: (attend(*arrays),), (q, k, v), ['BTH_', 'BTK_', 'BTK_'], ['BTH_'], groups
-    )[0]
+  mesh, groups = jax.sharding.get_abstract_mesh(), values.shape[2]
+  devices = 1 if mesh.empty else math.prod(mesh.shape[name] for name in rule('K', mesh))
+  wanted = math.lcm(groups, devices)
+  if wanted == groups or heads % wanted:
+    return keys, values
 
-  def local(q: Array, k: Array, v: Array) -> Array:
-    mine = jax.lax.axis_index(axes) * groups // devices
-    return attend(q, *(jax.lax.dynamic_slice_in_dim(x, mine, 1, axis=2) for x in (k, v)))
+  def repeated(x: Array) -> Array:
+    return constrain(jnp.repeat(x, wanted // groups, axis=2), 'B', 'T', 'K', 'dims')
 
-  rows = split_over('B', q.shape[0], mesh) or None
-  split, whole = PartitionSpec(rows, None, axes), PartitionSpec(rows)
-  return jax.shard_map(local, in_specs=(split, whole, whole), out_specs=split, check_vma=False)(
-    q, k, v
-  )
+  return [key if key.shape[2] == 1 else repeated(key) for key in keys], repeated(values)
