@@ -53,7 +53,8 @@ def causal(
 
   def attend(*arrays: Array) -> tuple[Array, ...]:
     q, k, v = (x.swapaxes(1, 2) for x in arrays)
-    return (jax.vmap(_kernel(*q.shape[1:3], block))(q, k, v).swapaxes(1, 2),)
+    kernel = _kernel(q.shape[1], q.shape[2], block)
+    return (jax.vmap(kernel)(q, k, v).swapaxes(1, 2),)
 
   arrays = (padded(scaled), padded(whole), padded([values]))
   (out,) = per_device(attend, arrays, ['BTH_', 'BTK_', 'BTK_'], ['BTH_'], groups)
@@ -73,10 +74,19 @@ def _blocks(length: int) -> tuple[int, int]:
 
 def _kernel(heads: int, length: int, block: int):
   """Of [H,T,dims] queries, [K,T,dims] keys and values, forward and backward."""
-  names = 'q kv kv_compute q_dkv kv_dkv kv_dkv_compute q_dq kv_dq'.split()
+  blocks = BlockSizes(
+    block_q=block,
+    block_kv=block,
+    block_kv_compute=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_kv_dkv_compute=block,
+    block_q_dq=block,
+    block_kv_dq=block,
+  )
   return make_splash_mha_single_device(
     mask=MultiHeadMask([CausalMask((length, length))] * heads),
-    block_sizes=BlockSizes(**{f'block_{name}': block for name in names}),
+    block_sizes=blocks,
     residual_checkpoint_name=ATTENTION,
     interpret=INTERPRET,
   )
