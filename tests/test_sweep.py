@@ -79,7 +79,7 @@ def test_a_sweep_leaves_its_answer(finished):
 def test_a_finished_sweep_trains_nothing_and_ends_soon(axes, finished, text):
   before, began = losses(finished), time.monotonic()
   again = run(finished, text, *axes)
-  assert time.monotonic() - began < 10
+  assert time.monotonic() - began < 60  # 5 s on a quiet machine
   assert again.returncode == 0 and again.stdout.startswith(
     'all 4 trials were done already; nothing'
   )

