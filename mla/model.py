@@ -22,6 +22,7 @@ from mla import cache as cache_lib
 from mla import remat
 from mla.attention import append, make_attention
 from mla.attention.rope import Positions
+from mla.backends import swiglu
 from mla.cache import Cache
 from mla.errors import UserError
 from mla.layers import RMSNorm, project, weight
@@ -38,7 +39,7 @@ class FeedForward(nnx.Module):
     self.w_down = weight(rngs, fan_in=F, scale=(2 * config.num_layers) ** -0.5, F=F, D=D)
 
   def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-    return project(jax.nn.silu(project(x, self.w_gate)) * project(x, self.w_up), self.w_down)
+    return project(swiglu(project(x, self.w_gate), project(x, self.w_up)), self.w_down)
 
 
 class Block(nnx.Module):

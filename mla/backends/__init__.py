@@ -135,11 +135,24 @@ def append(stored: Stored, new: Array, starts: Array, *, impl: str = 'auto') -> 
 
 
 def rms_norm(x: Array, gain: Array, epsilon: float) -> Array:
-  """x / rms(x) * gain over the last axis, in float32; the CPU plugin brings a gradient by hand."""
+  """x / rms(x) * gain over the last axis, in float32; the CPU plugin brings a gradient by hand.
+
+  Elsewhere, too, the backward pass gets nothing but x and the gain.
+  """
   plugin = _plugin('cpu') if _platform() == 'cpu' else None
   if plugin is not None:
     return plugin.rms_norm(x, gain, epsilon)
-  return blockwise.rms_norm(x, gain, epsilon)
+  return jax.checkpoint(functools.partial(blockwise.rms_norm, epsilon=epsilon))(x, gain)
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+  """silu(gate) * up. The backward pass gets these two, but on CPUs, where memory is not as short as
+  elementwise work is slow, what was computed between as well."""
+
+  def product(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up
+
+  return product(gate, up) if _platform() == 'cpu' else jax.checkpoint(product)(gate, up)
 
 
 def check(impl: str, mesh: Mesh) -> None:
