@@ -18,9 +18,9 @@ import jax
 # The name that values have in a program (jax.ad_checkpoint.checkpoint_name).
 LATENTS, ATTENTION = 'latents', 'attention'
 
-# Whose results are attention's: cuDNN's, Pallas', and through XLA's FFI the C++ for CPUs. Where
-# attention is operations of XLA, it names them.
-KERNELS = ('dot_product_attention_fwd_wrapper', 'pallas_call', 'ffi_call')
+# Whose results are attention's: cuDNN's, and through XLA's FFI the C++ for CPUs. The other backends
+# name them.
+KERNELS = ('dot_product_attention_fwd_wrapper', 'ffi_call')
 
 
 def _attention(primitive, *_: Any, **params: Any) -> bool:
