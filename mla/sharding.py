@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -24,10 +24,13 @@ RULES = {
 }
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-  """The (data, fsdp, tensor) mesh over all devices; at most one size is -1, "what is left"."""
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The (data, fsdp, tensor) mesh over all devices, those of this machine if none are given.
+
+  At most one size is -1, "what is left".
+  """
   try:
-    available = jax.device_count()
+    available = jax.device_count() if devices is None else len(devices)
   except (RuntimeError, AssertionError) as error:  # what JAX_PLATFORMS names is not there
     asked = os.environ.get('JAX_PLATFORMS', '')
     raise UserError(
@@ -44,7 +47,10 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     )
   axes = ('data', 'fsdp', 'tensor')
   return jax.make_mesh(
-    tuple(shape[axis] for axis in axes), axes, axis_types=(AxisType.Auto,) * len(axes)
+    tuple(shape[axis] for axis in axes),
+    axes,
+    axis_types=(AxisType.Auto,) * len(axes),
+    devices=devices,
   )
 
 
@@ -87,6 +93,15 @@ def shardings(tree, mesh: Mesh):
   return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+def placed(abstract, placement):
+  """The abstract arrays of a tree, each where shardings() puts it."""
+  return jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    abstract,
+    placement,
+  )
+
+
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
   """Holds an activation to RULES while a mesh is set (jax.set_mesh); otherwise leaves it alone."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -97,5 +112,9 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 
 def put_batch(rows: np.ndarray, mesh: Mesh) -> jax.Array:
   """This process's rows [b, ...] as its part of the global batch, split over data and fsdp."""
-  sharding = NamedSharding(mesh, PartitionSpec(RULES['B']))
-  return jax.make_array_from_process_local_data(sharding, rows)
+  return jax.make_array_from_process_local_data(rows_sharding(mesh), rows)
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+  """Of an array whose first axis is the batch."""
+  return NamedSharding(mesh, PartitionSpec(RULES['B']))

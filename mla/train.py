@@ -129,11 +129,7 @@ def _train(
     graphdef = nnx.graphdef(model)
     began = time.monotonic()
     batch = sharding.put_batch(next(batches), mesh)
-    jitted = jax.jit(
-      functools.partial(train_step, config, graphdef, optimizer),
-      donate_argnums=0,
-      out_shardings=(placement, None),
-    )
+    jitted = jit_step(config, graphdef, optimizer, placement)
     step_fn = jitted.lower(state, batch).compile()
     metrics.say(f'compiled the training step in {time.monotonic() - began:.1f} s')
     eval_fn = jax.jit(functools.partial(eval_step, graphdef))
@@ -202,6 +198,15 @@ def init_state(config: ConfigDict, vocab: int, optimizer) -> TrainState:
   params = nnx.state(model_lib.make_model(config, vocab), nnx.Param)
   key = jax.random.key(config.seed, impl=model_lib.PRNG)
   return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), key)
+
+
+def jit_step(config: ConfigDict, graphdef, optimizer, placement: TrainState):
+  """train_step as it is compiled: the state donated, and left where it lay."""
+  return jax.jit(
+    functools.partial(train_step, config, graphdef, optimizer),
+    donate_argnums=0,
+    out_shardings=(placement, None),
+  )
 
 
 def train_step(
@@ -344,11 +349,7 @@ def _claim_together(
 
 def _restore(checkpoints, abstract, placement, batches, run: dict):
   """(state, step) of the newest whole checkpoint, or (None, 0)."""
-  target = jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-    abstract,
-    placement,
-  )
+  target = sharding.placed(abstract, placement)
   key_data = jax.eval_shape(jax.random.key_data, abstract.key)
   key_data = jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=placement.key)
   training = (target.opt_state, target.step, key_data)
