@@ -19,14 +19,12 @@ from mla.train import train_and_evaluate
 CONFIG = cli.define_config('--config=configs/mla_small.py')
 WORKDIR = flags.DEFINE_string('workdir', None, 'where the run is kept; runs/CONFIG when not given')
 DRY_RUN = flags.DEFINE_bool('dry_run', False, 'compile only, and say what the run needs')
-ABOUT_DRY_RUNS = {
-  'target': flags.DEFINE_string('target', None, f'compile for: {targets.EXAMPLES}'),
-  'json': flags.DEFINE_string('json', None, 'write the figures here'),
-  'fit_batch': flags.DEFINE_bool('fit_batch', None, 'find the most rows at once that fit'),
-  'context': flags.DEFINE_integer('context', None, 'tokens a user of the trained model has'),
-  'price': flags.DEFINE_float('price', None, 'dollars a device and hour: what the run costs'),
-  'mfu': flags.DEFINE_float('mfu', None, 'with --price: the share of the peak reached; 0.4'),
-}
+TARGET = flags.DEFINE_string('target', None, f'with --dry_run: {targets.EXAMPLES}')
+JSON = flags.DEFINE_string('json', None, 'with --dry_run: write the figures here')
+FIT_BATCH = flags.DEFINE_bool('fit_batch', False, 'with --dry_run: the most rows at once that fit')
+CONTEXT = flags.DEFINE_integer('context', None, "with --dry_run: a user's tokens, for their caches")
+PRICE = flags.DEFINE_float('price', None, 'with --dry_run: dollars a device and hour, for the cost')
+MFU = flags.DEFINE_float('mfu', None, 'with --price: share of the peak in useful FLOPs, 0.4')
 
 
 def main() -> int:
@@ -35,9 +33,9 @@ def main() -> int:
   config.validate(CONFIG.value)  # the next lines count on it
   if DRY_RUN.value:
     return only_compile()
-  for name, flag in ABOUT_DRY_RUNS.items():
-    if flag.value is not None:
-      raise UserError(f'--{name}: goes with --dry_run; add that, or leave it out')
+  for flag in (TARGET, JSON, FIT_BATCH, CONTEXT, PRICE, MFU):
+    if flag.present:
+      raise UserError(f'--{flag.name}: goes with --dry_run; add that, or leave it out')
   given = f'runs/{cli.config_name()}' if WORKDIR.value is None else WORKDIR.value
   workdir = paths.folder('workdir', given)
   paths.check_workdir(workdir)
@@ -55,11 +53,17 @@ def prepare() -> None:
 
 
 def only_compile() -> int:
-  asked = {name: flag.value for name, flag in ABOUT_DRY_RUNS.items() if flag.value is not None}
-  json_file = paths.output('json', asked.pop('json', None), 'target')
-  if targets.is_here(asked.get('target')):
+  json_file = paths.output('json', JSON.value, 'target')
+  if targets.is_here(TARGET.value):
     prepare()
-  report = dry_run.answer(CONFIG.value, **asked)
+  report = dry_run.answer(
+    CONFIG.value,
+    target=TARGET.value,
+    context=CONTEXT.value,
+    fit_batch=FIT_BATCH.value,
+    price=PRICE.value,
+    mfu=MFU.value,
+  )
   print(dry_run.card(report, CONFIG.value))
   if json_file:
     try:

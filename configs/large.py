@@ -1,7 +1,7 @@
-"""What the large arms share: 1.21B parameters outside the embeddings, 1.35B in all, contexts of 2,048.
+"""What the large arms share: 1.21B parameters outside the embeddings, 1.35B in all; T 2048.
 
-For 16 chips of a v5e. Nothing here has been trained yet at this size; see base_medium.py for how the
-values were chosen.
+For 16 chips of a v5e. Nothing has been trained yet at this size; base_medium.py says how the values
+were chosen.
 """
 
 from configs import base

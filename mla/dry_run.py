@@ -1,4 +1,4 @@
-"""What a run needs on a named machine: its training step compiled for that machine, and nothing run.
+"""What a run needs on a named machine: its training step compiled for it, and nothing run.
 
 Memory is the compiler's own figure. The step's lower bound is the longest of three times: products
 at the chip's peak; arguments, results and temporaries through its memory, each byte once in and
@@ -18,20 +18,20 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mla import backends, cost, counts, memory, sharding, targets
+from mla import backends, cost, flops, hlo, memory, sharding, targets
 from mla import config as config_lib
 from mla import model as model_lib
 from mla.errors import UserError
 from mla.optimizer import make_optimizer
 from mla.targets import Target
-from mla.train import TrainState, init_state, jit_step, token_nll
+from mla.train import TrainState, init_state, jit_step, token_nll, train_step
 
 MFU = 0.4  # what --price counts on where --mfu is not given
 LARGEST = 5  # arrays that are named
 UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
-# Attention by a kernel, among a compiled program's custom calls; and what is no kernel.
-ATTENTION = re.compile(r'tpu_custom_call|fmha|mla_')
-NO_KERNEL = re.compile(r'Sharding|AllocateBuffer|Assume|Pin|LayoutConstraint|Annotate|SliceId')
+# Among a compiled program's custom calls: kernels, and attention's of these.
+KERNELS = re.compile(r'tpu_custom_call|__cudnn|__cublas|triton|mla_')
+ATTENTION = re.compile(r'tpu_custom_call|fmha|mla_causal')
 
 
 class Step(NamedTuple):
@@ -41,7 +41,7 @@ class Step(NamedTuple):
   argument_bytes: int  # a device, as all that follows
   output_bytes: int  # beyond the arguments whose place it takes
   temporary_bytes: int | None
-  program: counts.Program | None
+  program: hlo.Program | None
   seconds: float  # of compilation
 
 
@@ -177,7 +177,7 @@ def compile_step(config: ConfigDict, vocab: int, mesh: Mesh) -> Step:
     used.argument_size_in_bytes,
     used.output_size_in_bytes - used.alias_size_in_bytes,
     used.temp_size_in_bytes,
-    counts.Program(compiled.as_text()),
+    hlo.Program(compiled.as_text()),
     time.monotonic() - began,
   )
 
@@ -194,18 +194,18 @@ def flops_per_token(config: ConfigDict, vocab: int) -> tuple[float, float]:
   tokens = config.batch_size * config.seq_len
   causal = (config.seq_len + 1) / (2 * config.seq_len)
 
-  def traced(function: Callable, *args) -> counts.Flops:
+  def traced(function: Callable, *args) -> flops.Flops:
     with backends.counted():
-      return counts.flops(jax.jit(function).trace(*args).jaxpr.jaxpr)
+      return flops.count(jax.jit(function).trace(*args).jaxpr.jaxpr)
 
-  def step(remat: str) -> counts.Flops:
+  def step(remat: str) -> flops.Flops:
     changed = config.copy_and_resolve_references()
     changed.remat = remat
     optimizer = make_optimizer(changed)
     state = jax.eval_shape(functools.partial(init_state, changed, vocab, optimizer))
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: model_lib.make_model(changed, vocab)))
     batch = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32)
-    return traced(jit_step(changed, graphdef, optimizer, None), state, batch)
+    return traced(functools.partial(train_step, changed, graphdef, optimizer), state, batch)
 
   def attention() -> float:
     graphdef, params = nnx.split(nnx.eval_shape(lambda: model_lib.make_model(config, vocab)))
@@ -220,9 +220,9 @@ def flops_per_token(config: ConfigDict, vocab: int) -> tuple[float, float]:
   return plain.known / tokens + attention(), (used.known + causal * used.turn) / tokens
 
 
-def _kernels(program: counts.Program) -> list[str]:
+def _kernels(program: hlo.Program) -> list[str]:
   """The kernels called, attention's first: 'blockwise' where it is XLA's own operations."""
-  called = sorted(name for name in program.custom_calls() if not NO_KERNEL.search(name))
+  called = sorted(name for name in program.custom_calls() if KERNELS.search(name))
   attention = [name for name in called if ATTENTION.search(name)]
   return (attention or ['blockwise']) + [name for name in called if name not in attention]
 
@@ -248,12 +248,12 @@ def _refused_bytes(message: str, arguments: int) -> int | None:
   return int(float(used[1]) * UNITS[used[2]]) - arguments if used else None
 
 
-def _over(amount: float | None, rate: float | None) -> float | None:
+def _over(amount: int | float | None, rate: float | None) -> float | None:
   return None if amount is None or rate is None else amount / rate
 
 
 def largest_rows(config: ConfigDict, target: Target, say: Callable[[str], None] = print) -> int:
-  """The most rows at once, a power of two times the mesh's rows, whose step fits; 0 if none does."""
+  """The most rows at once, powers of two times the mesh's rows, that fit; 0 if none do."""
   mesh = sharding.make_mesh(config.mesh.to_dict(), target.devices)
   least = mesh.shape['data'] * mesh.shape['fsdp']
   vocab = memory.vocabulary(config)
@@ -265,7 +265,7 @@ def largest_rows(config: ConfigDict, target: Target, say: Callable[[str], None] 
     step = compile_step(changed, vocab, mesh)
     need = step.argument_bytes + step.output_bytes + (step.temporary_bytes or 0)
     enough = step.program is not None and need <= (target.chip.memory or math.inf)
-    say(f'{rows} rows at once: {"fit" if enough else "do not fit"} ({_gib(need)} a device)')
+    say(f'{rows} rows at once: {"fit" if enough else "do not fit"} ({_size(need)} a device)')
     return enough
 
   low, high = -1, 0  # the highest known to fit, the lowest not tried
@@ -278,7 +278,7 @@ def largest_rows(config: ConfigDict, target: Target, say: Callable[[str], None] 
 
 
 def run_costs(report: dict[str, Any], target: Target, price: float, mfu: float) -> dict[str, Any]:
-  """Hours and dollars of the whole run, if a share `mfu` of the chip's peak becomes useful FLOPs."""
+  """Hours and dollars of the whole run, with a share `mfu` of the peak in useful FLOPs."""
   assert target.chip.flops
   work = report['flops_per_token'] * report['tokens_per_step'] * report['num_steps']
   hours = work / (target.chip.flops * mfu * report['devices']) / 3600
@@ -287,51 +287,74 @@ def run_costs(report: dict[str, Any], target: Target, price: float, mfu: float) 
 
 def card(report: dict[str, Any], config: ConfigDict) -> str:
   """The report for the terminal."""
+  mesh = ' x '.join(f'{axis}={size}' for axis, size in report['mesh'].items())
   rows = [
-    ('model', f'{config.attention}, {report["params_total"]:,} parameters, '
-              f'{report["params_non_embedding"]:,} without embeddings'),
-    ('machine', f'{report["target"]}: {report["devices"]} devices, mesh '
-                + ' x '.join(f'{axis}={size}' for axis, size in report['mesh'].items())),
-    ('step', f'{report["tokens_per_step"]:,} tokens, {report["rows_at_once"]} of '
-             f'{report["batch_size"]} rows at once; compiled in {report["compile_seconds"]:.0f} s'),
+    (
+      'model',
+      f'{config.attention}: {report["params_total"]:,} parameters, '
+      f'{report["params_non_embedding"]:,} without embeddings',
+    ),
+    ('machine', f'{report["target"]}: {report["devices"]} devices, mesh {mesh}'),
+    (
+      'step',
+      f'{report["tokens_per_step"]:,} tokens, {report["rows_at_once"]} of {report["batch_size"]} '
+      f'rows at once; compiled in {report["compile_seconds"]:.0f} s',
+    ),
     ('fits', _fits(report)),
-    ('memory', f'weights {_gib(report["weight_bytes_per_device"])}, optimiser '
-               f'{_gib(report["optimizer_bytes_per_device"])}, activations and temporaries '
-               f'{_gib(report["temporary_bytes_per_device"])} a device'),
-  ]  # fmt: skip
+    (
+      'memory',
+      f'a device: weights {_size(report["weight_bytes_per_device"])}, optimiser '
+      f'{_size(report["optimizer_bytes_per_device"])}, activations and other temporaries '
+      f'{_size(report["temporary_bytes_per_device"])}; the largest arrays:',
+    ),
+  ]
   rows += [
-    ('', f'{_gib(found["bytes"])} {found["array"]} of {found["origin"]}')
+    ('', f'{_size(found["bytes"])} {found["array"]} of {found["origin"]}')
     for found in report['largest_arrays']
   ]
-  rows.append((
-    'FLOPs', f'{report["flops_per_token"]:.4g} a token; {report["executed_flops_per_token"]:.4g} '
-             'with what is computed again',
-  ))  # fmt: skip
+  rows.append(
+    (
+      'FLOPs',
+      f'{report["flops_per_token"]:.4g} a token; {report["executed_flops_per_token"]:.4g} with '
+      'what is computed again',
+    )
+  )
   if report['collectives'] is not None:
-    kinds = ', '.join(f'{kind} {_gib(size)}' for kind, size in report['collectives'].items())
-    sent = _gib(report['collective_bytes_per_step'])
-    rows.append(('links', f'{sent} out of a device and step' + (f': {kinds}' if kinds else '')))
-  if report['step_seconds_at_least'] is not None:
-    seconds = report['step_seconds_at_least']
+    kinds = ', '.join(f'{kind} {_size(size)}' for kind, size in report['collectives'].items())
+    sent = f'{_size(report["collective_bytes_per_step"])} out of each device a step'
+    rows.append(('links', f'{sent}: {kinds}' if kinds else sent))
+  seconds = report['step_seconds_at_least']
+  if seconds is not None:
     parts = ', '.join(
       f'{what} {time:.3g} s' for what, time in report['seconds_at_least'].items() if time
     )
-    rows.append(('time', f'at least {seconds:.3g} s a step, bound by {report["bound_by"]} ({parts});'
-                         f' at most {report["tokens_per_step"] / seconds:,.0f} tokens/s'))  # fmt: skip
+    rows.append(
+      (
+        'time',
+        f'at least {seconds:.3g} s a step, bound by {report["bound_by"]} ({parts}); at most '
+        f'{report["tokens_per_step"] / seconds:,.0f} tokens/s',
+      )
+    )
   if report['kernels']:
     rows.append(('kernels', ', '.join(report['kernels'])))
-  users = report['users_per_device']
-  rows.append((
-    'cache', f'{report["cache_bytes_per_token"]:,.0f} bytes a token in bfloat16'
-    + ('' if users is None else f'; {users:,} users a device at {report["context"]:,} tokens, '
-       'weights in bfloat16 beside them'),
-  ))  # fmt: skip
+  cache = f'{report["cache_bytes_per_token"]:,.0f} bytes a token in bfloat16'
+  if report['users_per_device'] is not None:
+    cache += (
+      f'; beside the weights in bfloat16 a device holds {report["users_per_device"]:,} users of '
+      f'{report["context"]:,} tokens'
+    )
+  rows.append(('cache', cache))
   if 'largest_rows_at_once' in report:
-    rows.append(('largest', f'{report["largest_rows_at_once"]} rows at once fit'))
+    rows.append(('batch', f'at most {report["largest_rows_at_once"]} rows at once fit'))
   if 'run' in report:
     run = report['run']
-    rows.append(('run', f'{report["num_steps"]:,} steps: {run["hours"]:,.1f} hours, '
-                        f'{run["dollars"]:,.0f} dollars at {run["mfu"]:.0%} of the peak'))  # fmt: skip
+    rows.append(
+      (
+        'run',
+        f'{report["num_steps"]:,} steps: {run["hours"]:,.1f} hours and {run["dollars"]:,.2f} '
+        f'dollars, at {run["mfu"]:.0%} of the peak',
+      )
+    )
   return '\n'.join(f'{name:9}{text}' for name, text in rows)
 
 
@@ -340,11 +363,11 @@ def _fits(report: dict[str, Any]) -> str:
   if spare is None:
     return 'yes, as far as is known' if report['fits'] else 'no: the compiler ran out of memory'
   if spare < 0:
-    return f'no: of {_gib(there)} a device {_gib(-spare)} too little'
-  return f'yes: {_gib(there - spare)} of {_gib(there)} a device'
+    return f'no: of {_size(there)} a device {_size(-spare)} too little'
+  return f'yes: {_size(there - spare)} of {_size(there)} a device'
 
 
-def _gib(nbytes: float | None) -> str:
+def _size(nbytes: int | float | None) -> str:
   if nbytes is None:
     return 'unknown'
   return f'{nbytes / 2**30:.2f} GiB' if nbytes >= 2**24 else f'{nbytes / 2**20:.2f} MiB'

@@ -1,10 +1,10 @@
 """The machines a dry run can be asked about, and their devices to compile for without having them.
 
-Sources. TPUs: the "System architecture" tables of docs.cloud.google.com/tpu/docs/v5e, v5p and v6e; of
-the two directions that "bidirectional" counts, links have one here, all of a chip's together. What
-a program may have of the memory, somewhat less than the tables say, is what libtpu's compiler names
-where it refuses one (0.0.42). H100: NVIDIA's data sheet of the SXM5 (dense bfloat16, NVLink); its
-memory as the driver reports it.
+Sources. TPUs: the tables of docs.cloud.google.com/tpu/docs/v5e, v5p and v6e; of the two directions
+that "bidirectional" counts, links have one here, all of a chip's together. What a program may have
+of the memory, somewhat less than the tables say, is what libtpu's compiler (0.0.42) names where it
+refuses one. H100: NVIDIA's data sheet of the SXM5 (dense bfloat16, NVLink); its memory as the
+driver reports it.
 """
 
 import importlib.util
@@ -122,14 +122,16 @@ def _here() -> Target:
 
 
 def _tpus(name: str) -> Sequence[jax.Device]:
-  if importlib.util.find_spec('libtpu') is None:
+  if not _installed('libtpu'):
     raise UserError(
       f"--target={name}: the TPU's compiler is not installed; pip install 'jax[tpu]=="
       f"{jax.__version__}'"
     )
-  # Else it asks a metadata server and hangs; several such processes may run at once.
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', 'true')
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # else it asks a metadata server and hangs
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', 'true')  # several such processes at once
+  # Else it complains on stderr that it finds neither.
+  os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+  os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-8')
   return _topology(name, platform='tpu', topology_name=name)
 
 

@@ -21,14 +21,6 @@ from mla.model import (
 SMALL = {'mha': mha_small, 'gqa': gqa_small, 'mqa': mqa_small, 'mla': mla_small}
 
 
-@pytest.mark.parametrize('variant', SMALL)
-def test_small_configs_meet_the_budget(variant):
-  config = SMALL[variant].get_config()
-  model = nnx.eval_shape(lambda: make_model(config, 257))
-  body = count_params(model)[1]
-  assert abs(body - config.param_budget) <= 0.0025 * config.param_budget
-
-
 def test_the_width_is_solved_whatever_the_attention(arm):
   config = tiny_config(arm, ffn_dim=0, param_budget=50_000)
   width = solve_ffn_dim(config)

@@ -1,56 +1,12 @@
-"""What a program will do, read from it before it runs: FLOPs from its jaxpr, bytes between devices
-from its compiled text. Loops are multiplied out, which XLA's own count does not do.
+"""What a compiled program will do, read from its text (XLA's HLO): loops and their turns, bytes
+between devices, kernels, and the largest arrays.
 """
 
 import collections
 import math
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
-
-from jax.extend import core
-
-
-class Flops(NamedTuple):
-  """Of matrix products, everything else being small beside them."""
-
-  known: float  # in loops whose number of turns the jaxpr knows, and in none
-  turn: float  # in one turn of each `while` loop, of which it does not
-
-  def __add__(self, other: Any) -> 'Flops':
-    return Flops(self.known + other.known, self.turn + other.turn)
-
-  def times(self, turns: float) -> 'Flops':
-    return Flops(self.known * turns, self.turn * turns)
-
-
-def flops(jaxpr: core.Jaxpr) -> Flops:
-  """The products' FLOPs, 2 a multiplication and addition; of a conditional its costliest branch."""
-  total = Flops(0, 0)
-  for equation in jaxpr.eqns:
-    name, params = equation.primitive.name, equation.params
-    if name == 'dot_general':
-      (contracted, _), _ = params['dimension_numbers']
-      sizes = [equation.invars[0].aval.shape[axis] for axis in contracted]
-      total += Flops(2 * equation.outvars[0].aval.size * math.prod(sizes), 0)
-    elif name == 'cond':
-      total += max(flops(branch.jaxpr) for branch in params['branches'])
-    elif name == 'while':
-      total += Flops(0, sum(flops(params['body_jaxpr'].jaxpr)))
-    else:
-      turns = params['length'] if name == 'scan' else 1
-      for inner in _inner(params):
-        total += flops(inner).times(turns)
-  return total
-
-
-def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
-  for value in params.values():
-    if isinstance(value, core.ClosedJaxpr):
-      yield value.jaxpr
-    elif isinstance(value, core.Jaxpr):
-      yield value
-
+from typing import NamedTuple
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 # Of what stands in a compiled program: names for what is there already.
@@ -63,6 +19,11 @@ class Instruction(NamedTuple):
   type: str
   opcode: str
   line: str
+
+  @property
+  def operands(self) -> list[str]:
+    given = self.line.split(f' {self.opcode}(', 1)[1].split(')', 1)[0]
+    return re.findall(r'%?([\w.\-]+)(?:,|$)', re.sub(r'/\*.*?\*/', '', given))
 
   @property
   def nbytes(self) -> int:
@@ -109,25 +70,73 @@ class Program:
       for instruction in self.computations.get(name, []):
         if instruction.opcode.endswith(('-done', '-update')):
           continue  # of what began with a -start
-        turns = 1
-        if instruction.opcode == 'while':
-          known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', instruction.line)
-          turns = int(known[1]) if known else 1
+        turns = self._turns(name, instruction) if instruction.opcode == 'while' else 1
         fusion = inside or instruction.opcode == 'fusion'
         for called in _called(instruction.line):
           waiting.append((called, times * turns, fusion))
     return runs, fused
 
   def collective_bytes(self) -> dict[str, float]:
-    """{kind: bytes that a device sends in one run}, with each collective as a ring would do it."""
-    runs, _ = self.turns()
-    sent: dict[str, float] = collections.Counter()
+    """{kind: bytes that a device sends in one run}, with each collective as a ring would do it.
+
+    One that is spread over several fusions, to run beside what they compute, counts as often as
+    the one that runs least, where it begins.
+    """
+    runs, fused = self.turns()
+    sent: dict[tuple[str, str], float] = {}
     for name, instructions in self.computations.items():
       for instruction in instructions:
         kind = instruction.opcode.removesuffix('-start')
         if kind in COLLECTIVES and runs.get(name):
-          sent[kind] += runs[name] * _sent(kind, instruction)
-    return dict(sent)
+          channel = re.search(r'channel_id=\d+', instruction.line)
+          key = channel[0] if channel and name in fused else f'{name} {instruction.name}'
+          size = runs[name] * _sent(kind, instruction)
+          sent[kind, key] = min(sent.get((kind, key), size), size)
+    kinds = sorted({kind for kind, _ in sent})
+    return {kind: sum(size for (its, _), size in sent.items() if its == kind) for kind in kinds}
+
+  def _turns(self, name: str, loop: Instruction) -> int:
+    """Of a `while` in the computation `name`: what the compiler noted, or else the range of its
+    counter, if that begins, ends and grows by what is constant; otherwise 1."""
+    noted = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.line)
+    if noted:
+      return int(noted[1])
+    test, body = (
+      {instruction.name: instruction for instruction in self.computations.get(part, [])}
+      for key in ('condition', 'body')
+      for part in re.findall(rf'{key}=%?([\w.\-]+)', loop.line)
+    )
+    outside = {instruction.name: instruction for instruction in self.computations[name]}
+    carried = outside[loop.operands[0]].operands if loop.operands[0] in outside else []
+
+    def place(within: dict[str, Instruction], value: str) -> int | None:
+      """Which part of the loop's state this is."""
+      found = re.search(r'index=(\d+)', within[value].line) if value in within else None
+      return int(found[1]) if found and within[value].opcode == 'get-tuple-element' else None
+
+    def constant(within: dict[str, Instruction], value: str) -> int | None:
+      if value not in within:
+        return None
+      if within[value].opcode in ('copy', 'bitcast', 'convert'):
+        return constant(within, within[value].operands[0])
+      part = place(within, value)
+      if part is not None and within is not outside and part < len(carried):
+        return constant(outside, carried[part])
+      return int(within[value].operands[0]) if within[value].opcode == 'constant' else None
+
+    last = next((i for i in test.values() if i.line.lstrip().startswith('ROOT')), None)
+    state = next((i for i in body.values() if i.line.lstrip().startswith('ROOT')), None)
+    if last is None or state is None or 'direction=LT' not in last.line:
+      return 1
+    counter, end = place(test, last.operands[0]), constant(test, last.operands[1])
+    if counter is None or end is None or counter >= len(state.operands):
+      return 1
+    start = constant(outside, carried[counter]) if counter < len(carried) else None
+    grown = body.get(state.operands[counter])
+    added = grown.operands if grown else []
+    steps = [constant(body, value) for value in added if place(body, value) != counter]
+    by = steps[0] if len(steps) == 1 else None
+    return -(-(end - (start or 0)) // by) if by and grown and grown.opcode == 'add' else 1
 
   def custom_calls(self) -> collections.Counter[str]:
     """{target: how many stand in the text}: the kernels that XLA did not make itself."""
@@ -170,22 +179,24 @@ def _called(line: str) -> Iterator[str]:
 
 
 def _sent(kind: str, instruction: Instruction) -> float:
-  members, size = _group(instruction.line), float(instruction.nbytes)
-  if instruction.opcode.endswith('-start') and kind == 'all-gather':  # its part, and the whole
-    size *= members / (members + 1)
+  """Bytes that a device sends for one collective in a ring."""
+  members, whole = _group(instruction.line), float(instruction.nbytes)
+  if instruction.opcode.endswith('-start') and kind != 'all-reduce':  # what goes in, and comes out
+    split = kind in ('all-gather', 'reduce-scatter')
+    whole *= members / (members + 1) if split else 1 / 2
+  elif kind == 'reduce-scatter':  # a device's part comes out
+    whole *= members
   if kind == 'collective-permute':
-    return size / 2 if instruction.opcode.endswith('-start') else size
-  share = (members - 1) / members
-  return {
-    'all-gather': size * share,
-    'all-reduce': 2 * size * share,
-    'reduce-scatter': size * (members - 1),  # of its result, a part of what is reduced
-    'all-to-all': size * share,
-  }[kind]
+    return whole
+  return whole * (members - 1) / members * (2 if kind == 'all-reduce' else 1)
 
 
 def _group(line: str) -> int:
   """How many devices take part in a collective together."""
+  named = re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line)
+  if named:
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
   listed = re.search(r'replica_groups=\{\{([\d,]+)\}', line)
   if listed:
     return len(listed[1].split(','))
