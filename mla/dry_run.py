@@ -24,7 +24,7 @@ from mla import model as model_lib
 from mla.errors import UserError
 from mla.optimizer import make_optimizer
 from mla.targets import Target
-from mla.train import TrainState, init_state, jit_step, token_nll, train_step
+from mla.train import TrainState, init_state, jit_step, train_step
 
 MFU = 0.4  # what --price counts on where --mfu is not given
 LARGEST = 5  # arrays that are named
@@ -90,12 +90,12 @@ def measure(config: ConfigDict, target: Target, *, context: int) -> dict[str, An
   backends.check(config.attention_impl, mesh)
   model = nnx.eval_shape(lambda: model_lib.make_model(config, vocab))
   step = compile_step(config, vocab, mesh)
-  useful, executed = flops_per_token(config, vocab)
+  useful, executed = flops_per_token(config, vocab, target.devices[0])
   chip, tokens = target.chip, config.batch_size * config.seq_len
 
   sent = None if step.program is None else step.program.collective_bytes()
   touched = None
-  if step.temporary_bytes is not None:  # the state is read, and written in its place
+  if step.program and step.temporary_bytes is not None:  # the state is written in its own place
     touched = 2 * (step.argument_bytes + step.temporary_bytes) + step.output_bytes
   seconds = {
     'compute': _over(executed * tokens / mesh.size, chip.flops),
@@ -182,20 +182,21 @@ def compile_step(config: ConfigDict, vocab: int, mesh: Mesh) -> Step:
   )
 
 
-def flops_per_token(config: ConfigDict, vocab: int) -> tuple[float, float]:
+def flops_per_token(config: ConfigDict, vocab: int, device: jax.Device) -> tuple[float, float]:
   """(what training is worth, what the step computes) of products, as FLOPs a token.
 
   Worth is three times the forward pass, attention counted where a token may look: 6 a weight and
   6 a (query and value) dim and visible position. Computed is also what remat and attention's own
   backward pass compute again. Both are read from the traced step, its loops multiplied out; traced
-  with attention as one block in a loop of one turn (backends.counted), so that nothing hides in a
-  kernel and the loops of unknown length are attention and nothing else.
+  for one device, with attention as one block in a loop of one turn (backends.counted), so that
+  nothing hides in a kernel and the loops of unknown length are attention and nothing else.
   """
   tokens = config.batch_size * config.seq_len
   causal = (config.seq_len + 1) / (2 * config.seq_len)
+  alone = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, [device])
 
   def traced(function: Callable, *args) -> flops.Flops:
-    with backends.counted():
+    with jax.set_mesh(alone), backends.counted():
       return flops.count(jax.jit(function).trace(*args).jaxpr.jaxpr)
 
   def step(remat: str) -> flops.Flops:
@@ -209,9 +210,9 @@ def flops_per_token(config: ConfigDict, vocab: int) -> tuple[float, float]:
 
   def attention() -> float:
     graphdef, params = nnx.split(nnx.eval_shape(lambda: model_lib.make_model(config, vocab)))
-    window = jax.ShapeDtypeStruct((1, config.seq_len + 1), jnp.int32)
+    window = jax.ShapeDtypeStruct((1, config.seq_len), jnp.int32)
     forward = traced(
-      lambda params, rows: token_nll(nnx.merge(graphdef, params), rows), params, window
+      lambda params, rows: model_lib.states(nnx.merge(graphdef, params), rows), params, window
     )
     return 3 * causal * forward.turn / config.seq_len
 

@@ -148,16 +148,24 @@ class Program:
     )
 
   def largest(self, count: int) -> list[tuple[int, str, str]]:
-    """(bytes, type, origin) of the largest arrays that the program makes, each type once."""
+    """(bytes, type, origin) of the largest arrays that the program makes, each type once.
+
+    The origin is the JAX operation, or where the compiler tells none of that type its own name.
+    """
     runs, fused = self.turns()
     found: dict[str, tuple[int, str, str]] = {}
+    named: set[str] = set()
     for name, instructions in self.computations.items():
       if name in fused or not runs.get(name):
         continue
       for instruction in instructions:
-        if instruction.opcode not in NO_ARRAYS and not instruction.type.startswith('('):
-          plain = instruction.type.split('{')[0]
-          found.setdefault(plain, (instruction.nbytes, plain, instruction.origin))
+        if instruction.opcode in NO_ARRAYS or instruction.type.startswith('('):
+          continue
+        plain, tells = instruction.type.split('{')[0], 'op_name=' in instruction.line
+        if plain not in found or (tells and plain not in named):
+          found[plain] = (instruction.nbytes, plain, instruction.origin)
+        if tells:
+          named.add(plain)
     return sorted(found.values(), reverse=True)[:count]
 
 
@@ -181,6 +189,8 @@ def _called(line: str) -> Iterator[str]:
 def _sent(kind: str, instruction: Instruction) -> float:
   """Bytes that a device sends for one collective in a ring."""
   members, whole = _group(instruction.line), float(instruction.nbytes)
+  if kind == 'collective-permute' and instruction.opcode.endswith('-start'):
+    whole -= 4 * instruction.type.count('u32[]')  # its handles
   if instruction.opcode.endswith('-start') and kind != 'all-reduce':  # what goes in, and comes out
     split = kind in ('all-gather', 'reduce-scatter')
     whole *= members / (members + 1) if split else 1 / 2

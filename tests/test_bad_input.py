@@ -162,6 +162,11 @@ TRAIN = [
   ('--config={bare}', 'bare.py'),
   ('--confg=3', 'confg'),
   ('latent_dim=8', 'latent_dim=8: not a flag'),
+  # Dry runs.
+  ('--target=v5e:2x4', '--target: goes with --dry_run'),
+  ('--dry_run --target=v9:2x4', '--target=v9:2x4: no such target; .*v5e:2x4'),
+  ('--dry_run --json={other.json}', 'no earlier result of this command'),
+  ('--dry_run --config.data.tokenizer=words', 'data.tokenizer=words: choose bytes'),
   # Sizes that can't be.
   ('--config.ffn_dim=2147483647', 'ffn_dim=2147483647: .*GiB.*lower ffn_dim'),
   ('--config.d_model=100000 --config.ffn_dim=100000', 'GiB.*lower (d_model|ffn_dim)'),
@@ -322,6 +327,16 @@ def test_what_a_user_may_set_works(runner, places, tmp_path, env, flags):
   assert answer['code'] == 0, answer
   if 'XLA_FLAGS' in env:
     assert 'data=2 x fsdp=1 x tensor=2' in answer['out']
+
+
+def test_a_dry_run_makes_its_json_and_no_run(runner, places, tmp_path):
+  run, json_file = tmp_path / 'run', tmp_path / 'dry.json'
+  for _ in range(2):  # an earlier one may be replaced
+    answer = runner(small(places, run, '--dry_run', '--target=cpu', f'--json={json_file}'))
+    assert answer['code'] == 0 and 'fits     yes' in answer['out'], answer
+  report = json.loads(json_file.read_text())
+  assert report['target'] == 'cpu' and report['fits'] and report['bound_by'] is None
+  assert not run.exists()
 
 
 def test_an_older_runs_config_has_the_fields_added_since(runner, places, tmp_path):

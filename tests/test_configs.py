@@ -54,6 +54,7 @@ def test_two_layers_are_traced_and_sharded(arm, size):
   """On eight devices, with as many rows at once as they are; nothing is compiled."""
   config = load(arm, size)
   config.update({'num_layers': 2, 'ffn_dim': 2048, 'batch_size': 8, 'accumulation_steps': 1})
+  config.mesh = {'data': 1, 'fsdp': -1, 'tensor': 1}
   mesh = sharding.make_mesh(config.mesh.to_dict())
   vocab = memory.vocabulary(config)
   assert dict(mesh.shape) == {'data': 1, 'fsdp': 8, 'tensor': 1} and vocab == 32_000
