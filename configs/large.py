@@ -20,10 +20,12 @@ def get_config():
   config.embedding_std = 0.02
   config.seq_len = 2048
   config.batch_size = 512
+  config.accumulation_steps = 8  # 4 windows at once on each of 16 chips
   config.num_steps = 25_000  # 26 billion tokens, 20 a parameter (arXiv 2203.15556)
   config.learning_rate = 4e-4
   config.warmup_steps = 1000
   config.dtype = 'bfloat16'
+  config.remat = 'latents'
   config.eval_every = 1000
   config.checkpoint_every = 500
   config.data.tokenizer = 'bpe:32000'

@@ -165,7 +165,7 @@ TRAIN = [
   # Dry runs.
   ('--target=v5e:2x4', '--target: goes with --dry_run'),
   ('--dry_run --target=v9:2x4', '--target=v9:2x4: no such target; .*v5e:2x4'),
-  ('--dry_run --json={other.json}', 'no earlier result of this command'),
+  ('--dry_run --json={run}/config.json', 'is a name of the run'),
   ('--dry_run --config.data.tokenizer=words', 'data.tokenizer=words: choose bytes'),
   # Sizes that can't be.
   ('--config.ffn_dim=2147483647', 'ffn_dim=2147483647: .*GiB.*lower ffn_dim'),
