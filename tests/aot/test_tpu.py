@@ -3,16 +3,15 @@
 import re
 
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh
 from programs import ARMS, compiled_generation, compiled_step, config_of, mesh_of
+
+from mla import targets
 
 
 def v5e(*sizes: int) -> Mesh:
   """Eight chips of a v5e."""
-  return mesh_of(
-    topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x4').devices, sizes
-  )
+  return mesh_of(targets.find('v5e:2x4').devices, sizes)
 
 
 @pytest.mark.parametrize('arm', ARMS)
