@@ -63,7 +63,8 @@ def compiled_step(config, mesh: Mesh):
     shape = (config.batch_size, config.seq_len + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
     step = functools.partial(train.train_step, config, graphdef, optimizer)
-    return jax.jit(step, donate_argnums=0).lower(place(state, mesh), tokens).compile()
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(sharding.shardings(state, mesh), None))
+    return jitted.lower(place(state, mesh), tokens).compile()
 
 
 def compiled_generation(config, mesh: Mesh):
