@@ -20,7 +20,7 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from mla.sharding import constrain, split_over
+from mla.sharding import constrain, spread, sum_over
 
 # Of a chunk's float32 logits on one device. A chunk reads w_out twice and its gradient once, and
 # writes that: below a thousand tokens (of 32,000 logits) this takes longer than the products do on
@@ -89,22 +89,16 @@ def _fits(x: Array, w_out: Array) -> bool:
 
 
 class _Axes(NamedTuple):
-  """Those of the mesh, of more than one device, along which things are split."""
+  """Those of the mesh along which things are split."""
 
-  rows: tuple[str, ...] = ()
-  width: tuple[str, ...] = ()  # of w_out, as it and its gradient lie
-  vocabulary: tuple[str, ...] = ()
+  rows: tuple[str, ...]
+  vocabulary: tuple[str, ...]
+  width: tuple[str, ...]  # of w_out's gradient, which is left so where it is summed over rows
 
 
 def _axes(x: Array, w_out: Array) -> _Axes:
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return _Axes()
-  found = (
-    tuple(axis for axis in split_over(letter, size, mesh) if mesh.shape[axis] > 1)
-    for letter, size in zip(('B', 'D', 'vocab'), (x.shape[0], *w_out.shape), strict=True)
-  )
-  return _Axes(*found)
+  rows, width = spread('B', x.shape[0]), spread('D', w_out.shape[0])
+  return _Axes(rows, spread('vocab', w_out.shape[1]), width if set(width) <= set(rows) else ())
 
 
 def _chunk_length(x: Array, w_out: Array, axes: _Axes) -> int:
@@ -125,18 +119,13 @@ def _in_chunks(x, w_out, targets, *, gradients: bool) -> tuple[Array, ...]:
   if not axes.rows + axes.vocabulary:
     return local(x, w, targets)
   rows, columns = PartitionSpec(axes.rows or None), axes.vocabulary or None
-  results = (rows, rows, PartitionSpec(_scattered(axes) or None, columns))
+  results = (rows, rows, PartitionSpec(axes.width or None, columns))
   return jax.shard_map(
     local,
     in_specs=(rows, PartitionSpec(None, columns), rows),
     out_specs=results if gradients else results[:1],
     check_vma=False,
   )(x, w, targets)
-
-
-def _scattered(axes: _Axes) -> tuple[str, ...]:
-  """Where summing w_out's gradient over rows can leave each device with its part of the sum."""
-  return axes.width if set(axes.width) <= set(axes.rows) else ()
 
 
 def _on_a_device(axes: _Axes, length: int, gradients: bool, x, w, targets) -> tuple[Array, ...]:
@@ -173,7 +162,4 @@ def _on_a_device(axes: _Axes, length: int, gradients: bool, x, w, targets) -> tu
     return tuple(found)
   nll, d_x = found
   d_x = jax.lax.psum(d_x, axes.vocabulary)
-  for axis in _scattered(axes):
-    d_w = jax.lax.psum_scatter(d_w, axis, scatter_dimension=0, tiled=True)
-  d_w = jax.lax.psum(d_w, tuple(axis for axis in axes.rows if axis not in _scattered(axes)))
-  return nll, d_x, d_w
+  return nll, d_x, sum_over(d_w, axes.rows, axes.width, axis=0)

@@ -24,6 +24,7 @@ from mla.attention import append, make_attention
 from mla.attention.rope import Positions
 from mla.backends import swiglu
 from mla.cache import Cache
+from mla.embedding import lookup
 from mla.errors import UserError
 from mla.layers import RMSNorm, project, weight
 from mla.sharding import constrain
@@ -93,7 +94,7 @@ class Decoder(nnx.Module):
     self.w_out = weight(rngs, fan_in=D, D=D, vocab=vocab)
 
   def embed(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
-    return self.embedding[...][tokens].astype(self.dtype)
+    return lookup(self.embedding[...], tokens, self.dtype)
 
   def logits(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T vocab']:
     return project(self.norm(x), self.w_out).astype(jnp.float32)

@@ -110,6 +110,23 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
+def spread(letter: str, size: int) -> tuple[str, ...]:
+  """split_over for the mesh that is set, without axes of one device; on none where none is set."""
+  mesh = jax.sharding.get_abstract_mesh()
+  names = () if mesh.empty else split_over(letter, size, mesh)
+  return tuple(name for name in names if mesh.shape[name] > 1)
+
+
+def sum_over(x: jax.Array, rows: tuple[str, ...], parts: tuple[str, ...], axis: int) -> jax.Array:
+  """Within a shard_map: x summed over the mesh axes `rows`.
+
+  Along those of them in `parts` each device gets only its part of x's `axis`.
+  """
+  for name in parts:
+    x = jax.lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
+  return jax.lax.psum(x, tuple(name for name in rows if name not in parts))
+
+
 def put_batch(rows: np.ndarray, mesh: Mesh) -> jax.Array:
   """This process's rows [b, ...] as its part of the global batch, split over data and fsdp."""
   return jax.make_array_from_process_local_data(rows_sharding(mesh), rows)

@@ -232,9 +232,9 @@ def train_step(
 def accumulate(loss_and_grads, steps: int, params, tokens: Int[Array, 'B window']):
   """The mean of loss_and_grads(params, micro-batch) over `steps` micro-batches.
 
-  On a mesh of data alone each device adds up those of its own rows, and the sums are exchanged
-  once, at the end. With fsdp or tensor that is done for each micro-batch: to wait would take the
-  whole gradient on each device, and XLA's partitioner fails where half of a mesh is left to it.
+  Every device adds up those of its own rows, and along data the sums are exchanged once, at the
+  end. Along fsdp that is done for each micro-batch, or each device would hold the whole gradient;
+  with tensor along data too, for XLA's partitioner fails where it has that and fsdp to itself.
   """
 
   def local(params, tokens):
@@ -249,15 +249,15 @@ def accumulate(loss_and_grads, steps: int, params, tokens: Int[Array, 'B window'
     return jax.tree.map(lambda part: part / steps, total)
 
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.size == 1 or mesh.shape['data'] < mesh.size:
+  if mesh.empty or mesh.shape['data'] == 1 or mesh.shape['tensor'] > 1:
     return local(params, tokens)
 
-  def on_a_device(params, tokens):
+  def on_a_replica(params, tokens):
     return jax.lax.pmean(local(params, tokens), 'data')
 
   spec = jax.sharding.PartitionSpec
   return jax.shard_map(
-    on_a_device,
+    on_a_replica,
     in_specs=(spec(), spec('data')),
     out_specs=spec(),
     axis_names={'data'},

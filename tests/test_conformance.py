@@ -233,6 +233,12 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(arm):
   np.testing.assert_allclose(accumulated, losses(arm), rtol=2e-5)
 
 
+@pytest.mark.parametrize('shape', [(4, 1, 1), (2, 2, 1)])
+def test_accumulated_gradients_that_are_exchanged_once_are_too(shape):
+  accumulated = losses('mla', shape, accumulation_steps=2)
+  np.testing.assert_allclose(accumulated, losses('mla'), rtol=2e-5)
+
+
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(arm):
   model = model_of(arm, dtype='bfloat16')
   assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype('float32')}
