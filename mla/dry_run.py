@@ -125,6 +125,7 @@ def measure(config: ConfigDict, target: Target, *, context: int) -> dict[str, An
     'argument_bytes_per_device': step.argument_bytes,
     'weight_bytes_per_device': weights,
     'optimizer_bytes_per_device': optimizer,
+    'whole_weights': sharding.whole_weights(step.state.params, mesh),
     'temporary_bytes_per_device': step.temporary_bytes,
     'hbm_bytes_per_device': chip.memory,
     'largest_arrays': [
@@ -313,6 +314,10 @@ def card(report: dict[str, Any], config: ConfigDict) -> str:
     ('', f'{_size(found["bytes"])} {found["array"]} of {found["origin"]}')
     for found in report['largest_arrays']
   ]
+  whole = report['whole_weights']
+  if whole:
+    named = ', '.join(f'{name} {_size(nbytes)}' for name, nbytes in whole.items())
+    rows.append(('whole', f'on every device, as mesh.fsdp divides none of their axes: {named}'))
   rows.append(
     (
       'FLOPs',

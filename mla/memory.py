@@ -67,7 +67,7 @@ def training_needs(config: ConfigDict, mesh: Mesh) -> list[Need]:
   model = _abstract_model(config)
   needs = []
   for axes, shape in _weights(model):
-    part = NamedSharding(mesh, sharding.spec(axes, shape, mesh)).shard_shape(shape)
+    part = NamedSharding(mesh, sharding.weight_spec(axes, shape, mesh)).shard_shape(shape)
     held = 4 * 4 * math.prod(part)  # float32, all four
     needs.append(Need('parameters, gradients and moments', axes, shape, held))
   itemsize = jax.numpy.dtype(config.dtype).itemsize

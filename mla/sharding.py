@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from mla.errors import UserError, first_line
 
-# Axis letter -> mesh axes. Letters not named here are whole on every device: the latent C among
-# them, since every head reads all of it (so under tensor parallelism each device holds a copy).
+# Of activations: axis letter -> mesh axes. Letters not named here are whole on every device: the
+# latent C among them, since every head reads all of it (so under tensor parallelism each device
+# holds a copy).
 RULES = {
   'B': ('data', 'fsdp'),
   'D': ('fsdp',),
@@ -22,6 +23,9 @@ RULES = {
   'F': ('tensor',),
   'vocab': ('tensor',),
 }
+# Of weights, and so of their gradients and moments: fsdp takes the first axis that it divides.
+WEIGHTS = {**RULES, 'C': ('fsdp',), 'Q': ('fsdp',)}
+LARGE = 2**20  # bytes of a weight that is worth naming
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -82,13 +86,42 @@ def spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMes
   return PartitionSpec(*(names or None for names in places))
 
 
-def shardings(tree, mesh: Mesh):
+def weight_spec(
+  axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+  """The partition of a weight with these axis letters, by WEIGHTS."""
+  taken: set[str] = set()
+  places: list[tuple[str, ...] | None] = []
+  for letter, size in zip(axes, shape, strict=True):
+    names = WEIGHTS.get(letter, ())
+    divides = size % math.prod(mesh.shape[name] for name in names) == 0
+    fits = divides and taken.isdisjoint(names)
+    places.append(names if names and fits else None)
+    taken.update(names if fits else ())
+  return PartitionSpec(*places)
+
+
+def whole_weights(params: nnx.State, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+  """{name: bytes} of the large weights that fsdp, where there is any, could not split."""
+  if mesh.shape['fsdp'] == 1:
+    return {}
+  found = {}
+  for path, leaf in nnx.to_flat_state(params):
+    nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize
+    split = weight_spec(leaf.get_metadata('axes'), leaf.shape, mesh)
+    if nbytes >= LARGE and 'fsdp' not in jax.tree.leaves(tuple(split)):
+      found['.'.join(map(str, path))] = nbytes
+  return found
+
+
+def shardings(tree, mesh: Mesh | AbstractMesh):
   """A NamedSharding for each array in tree: weights by their axis letters, all else replicated."""
 
   def one(leaf):
     if not isinstance(leaf, nnx.Variable):
       return NamedSharding(mesh, PartitionSpec())
-    return leaf.replace(NamedSharding(mesh, spec(leaf.get_metadata('axes'), leaf.shape, mesh)))
+    place = weight_spec(leaf.get_metadata('axes'), leaf.shape, mesh)
+    return leaf.replace(NamedSharding(mesh, place))
 
   return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

@@ -321,8 +321,11 @@ def describe(config: ConfigDict, model: model_lib.Decoder, data: Data, mesh, sta
   cache = model_lib.allocate_cache(model, batch=1, slots=1, dtype='bfloat16')
   devices = ' x '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
   origin = f'from step {start}' if start else 'from scratch'
+  whole = sharding.whole_weights(nnx.state(model, nnx.Param), mesh)
+  named = ', '.join(f'{name} {nbytes:,} bytes' for name, nbytes in whole.items())
   return (
-    f'{config.attention}: {total:,} parameters, {body:,} without embeddings; '
+    (f'whole on every device, as mesh.fsdp divides none of their axes: {named}\n' if whole else '')
+    + f'{config.attention}: {total:,} parameters, {body:,} without embeddings; '
     f'{cache.bytes_per_token():,.0f} bytes of KV cache a token in bfloat16\n'
     f'{len(data.train.tokens):,} training tokens; {config.num_steps} steps of '
     f'{config.batch_size * config.seq_len:,}; {jax.default_backend()} mesh {devices}; {origin}'

@@ -81,8 +81,10 @@ def test_what_bounds_a_step_and_what_fits():
   costs = dry_run.run_costs(report, machine(1), price=3.0, mfu=0.5)
   hours = report['flops_per_token'] * 8 * 32 * TINY['num_steps'] / (1e12 * 0.5) / 3600
   assert costs['hours'] == pytest.approx(hours) and costs['dollars'] == pytest.approx(3 * hours)
-  for told in (report, slow, {**report, 'run': costs, 'largest_rows_at_once': 64}):
+  more = {'run': costs, 'largest_rows_at_once': 64, 'whole_weights': {'blocks.w_uk': 2**20}}
+  for told in (report, slow, {**report, **more}):
     assert 'gqa' in dry_run.card(told, config)
+  assert 'blocks.w_uk 1.00 MiB' in dry_run.card({**report, **more}, config)
 
 
 @pytest.mark.parametrize('changes', [{}, {'remat': 'full', 'accumulation_steps': 2}])
