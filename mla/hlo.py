@@ -43,6 +43,8 @@ class Program:
   def __init__(self, text: str):
     self.computations: dict[str, list[Instruction]] = {}
     self.entry = ''
+    partitions = re.search(r'num_partitions=(\d+)', text)
+    self.devices = int(partitions[1]) if partitions else 1
     current: list[Instruction] = []
     for line in text.splitlines():
       header = re.match(r'(ENTRY )?%?([\w.\-]+) .*\{$', line)
@@ -90,7 +92,9 @@ class Program:
         if kind in COLLECTIVES and runs.get(name):
           channel = re.search(r'channel_id=\d+', instruction.line)
           key = channel[0] if channel and name in fused else f'{name} {instruction.name}'
-          size = runs[name] * _sent(kind, instruction)
+          size = runs[name] * _sent(kind, instruction, self.devices)
+          if kind == 'all-reduce' and name.startswith('all-reduce-scatter'):
+            kind, size = 'reduce-scatter', size / 2  # on a TPU; each keeps its part of the sum
           sent[kind, key] = min(sent.get((kind, key), size), size)
     kinds = sorted({kind for kind, _ in sent})
     return {kind: sum(size for (its, _), size in sent.items() if its == kind) for kind in kinds}
@@ -109,20 +113,27 @@ class Program:
     outside = {instruction.name: instruction for instruction in self.computations[name]}
     carried = outside[loop.operands[0]].operands if loop.operands[0] in outside else []
 
+    def source(within: dict[str, Instruction], value: str) -> Instruction | None:
+      """What makes the value, copies aside."""
+      made = within.get(value)
+      while made is not None and made.opcode in ('copy', 'bitcast', 'convert'):
+        made = within.get(made.operands[0])
+      return made
+
     def place(within: dict[str, Instruction], value: str) -> int | None:
-      """Which part of the loop's state this is."""
-      found = re.search(r'index=(\d+)', within[value].line) if value in within else None
-      return int(found[1]) if found and within[value].opcode == 'get-tuple-element' else None
+      """Which part of the loop's state the value is."""
+      made = source(within, value)
+      if made is None or made.opcode != 'get-tuple-element':
+        return None
+      return int(re.findall(r'index=(\d+)', made.line)[0])
 
     def constant(within: dict[str, Instruction], value: str) -> int | None:
-      if value not in within:
-        return None
-      if within[value].opcode in ('copy', 'bitcast', 'convert'):
-        return constant(within, within[value].operands[0])
-      part = place(within, value)
-      if part is not None and within is not outside and part < len(carried):
-        return constant(outside, carried[part])
-      return int(within[value].operands[0]) if within[value].opcode == 'constant' else None
+      part = None if within is outside else place(within, value)
+      if part is not None:
+        return constant(outside, carried[part]) if part < len(carried) else None
+      made = source(within, value)
+      known = made is not None and made.opcode == 'constant'
+      return int(made.operands[0]) if made and known else None
 
     last = next((i for i in test.values() if i.line.lstrip().startswith('ROOT')), None)
     state = next((i for i in body.values() if i.line.lstrip().startswith('ROOT')), None)
@@ -186,9 +197,9 @@ def _called(line: str) -> Iterator[str]:
     yield from (name.strip().lstrip('%') for name in (group or single).split(','))
 
 
-def _sent(kind: str, instruction: Instruction) -> float:
+def _sent(kind: str, instruction: Instruction, everyone: int) -> float:
   """Bytes that a device sends for one collective in a ring."""
-  members, whole = _group(instruction.line), float(instruction.nbytes)
+  members, whole = _group(instruction.line, everyone), float(instruction.nbytes)
   if kind == 'collective-permute' and instruction.opcode.endswith('-start'):
     whole -= 4 * instruction.type.count('u32[]')  # its handles
   if instruction.opcode.endswith('-start') and kind != 'all-reduce':  # what goes in, and comes out
@@ -201,14 +212,15 @@ def _sent(kind: str, instruction: Instruction) -> float:
   return whole * (members - 1) / members * (2 if kind == 'all-reduce' else 1)
 
 
-def _group(line: str) -> int:
-  """How many devices take part in a collective together."""
-  named = re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line)
+def _group(line: str, everyone: int) -> int:
+  """How many devices take part in a collective together; without a list of them, everyone."""
+  named = re.search(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}', line)
   if named:
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+    axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])  # of some only a part
+    return math.prod(int(part or sizes[axis]) for axis, part in axes)
   listed = re.search(r'replica_groups=\{\{([\d,]+)\}', line)
   if listed:
     return len(listed[1].split(','))
   counted = re.search(r'replica_groups=\[\d+,(\d+)\]', line)
-  return int(counted[1]) if counted else 1
+  return int(counted[1]) if counted else everyone

@@ -156,7 +156,7 @@ def test_collectives_are_counted_with_their_loops_turns():
 
 # As libtpu's compiler writes it: no number of turns is noted, and a collective is spread over
 # fusions.
-TPU = """HloModule jit_step
+TPU = """HloModule jit_step, num_partitions=8
 
 %test (p: (u32[], bf16[2,8], u32[])) -> pred[] {
   %p = (u32[]{:T(128)}, bf16[2,8]{1,0:T(8,128)(2,1)S(1)}, u32[]{:T(128)}) parameter(0)
@@ -174,18 +174,25 @@ TPU = """HloModule jit_step
   %s = (bf16[2,8]{1,0}, bf16[2,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
   %d = bf16[2,8]{1,0} collective-permute-done(%s)
   %f = bf16[4,8]{1,0} fusion(%d), kind=kCustom, calls=%again
-  %next = u32[]{:T(128)} add(%j, %two)
+  %again.j = u32[]{:T(128)} copy(%j)
+  %next = u32[]{:T(128)} add(%again.j, %two)
   ROOT %t = (u32[]{:T(128)}, bf16[2,8]{1,0:T(8,128)(2,1)S(1)}, /*index=2*/u32[]{:T(128)}) tuple(%next, %d, /*index=2*/%m)
 }
 
 %begin (a: bf16[2,8]) -> bf16[4,8] {
   %a = bf16[2,8]{1,0} parameter(0)
-  ROOT %g = bf16[4,8]{1,0} all-gather(%a), channel_id=2, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, dimensions={0}
+  ROOT %g = bf16[4,8]{1,0} all-gather(%a), channel_id=2, replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}, dimensions={0}
 }
 
 %again (a: bf16[2,8]) -> bf16[4,8] {
   %a.1 = bf16[2,8]{1,0} parameter(0)
-  ROOT %g.1 = bf16[4,8]{1,0} all-gather(%a.1), channel_id=2, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, dimensions={0}
+  ROOT %g.1 = bf16[4,8]{1,0} all-gather(%a.1), channel_id=2, replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}, dimensions={0}
+}
+
+%all-reduce-scatter.1 (a: f32[16]) -> f32[4] {
+  %a.3 = f32[16]{0} parameter(0)
+  %r = f32[16]{0} all-reduce(%a.3), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %ds = f32[4]{0} dynamic-slice(%r, %a.3), dynamic_slice_sizes={4}
 }
 
 ENTRY %main (a: bf16[2,8]) -> bf16[2,8] {
@@ -195,6 +202,8 @@ ENTRY %main (a: bf16[2,8]) -> bf16[2,8] {
   %c = u32[]{:T(128)} copy(%one)
   %b = bf16[4,8]{1,0} fusion(%a.2), kind=kCustom, calls=%begin
   %k = bf16[2,8]{1,0} custom-call(%a.2), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/attend"}
+  %rs = f32[4]{0} fusion(%k), kind=kCustom, calls=%all-reduce-scatter.1
+  %ar = f32[16]{0} all-reduce(%k), channel_id=4, replica_groups={}, to_apply=%add
   %in = (u32[]{:T(128)}, bf16[2,8]{1,0}, u32[]{:T(128)}) tuple(%c, %k, %eight)
   %w = (u32[]{:T(128)}, bf16[2,8]{1,0}, u32[]{:T(128)}) while(%in), condition=%test, body=%body
   ROOT %o = bf16[2,8]{1,0} get-tuple-element(%w), index=1
@@ -206,7 +215,12 @@ def test_a_tpus_program_is_read():
   program = hlo.Program(TPU)
   turns = 4  # 1, 3, 5, 7
   assert program.turns()[0]['body'] == turns
-  assert program.collective_bytes() == {'all-gather': 32.0, 'collective-permute': turns * 32.0}
+  assert program.collective_bytes() == {
+    'all-gather': 32.0,
+    'all-reduce': 2 * 64 * 7 / 8,
+    'collective-permute': turns * 32.0,
+    'reduce-scatter': 64 * 3 / 4,
+  }
   assert program.custom_calls() == {'tpu_custom_call': 1}
   assert (32, 'bf16[2,8]', 'jit(step)/attend') in program.largest(9)
 
