@@ -47,6 +47,7 @@ def ours(case: dict) -> dict:
   from flax import nnx
 
   from mla import backends, model, sharding, train
+  from mla.dry_run import flops_per_token
   from mla.optimizer import make_optimizer
 
   config = case_config(case)
@@ -56,6 +57,7 @@ def ours(case: dict) -> dict:
   for remat in ('none', 'latents'):
     for impl in ('auto', 'blockwise') if remat == 'none' and case['blockwise'] else ('auto',):
       config.remat, config.attention_impl = remat, impl
+      worth, _ = flops_per_token(config, VOCAB, jax.devices()[0])
       with jax.set_mesh(mesh):
         optimizer = make_optimizer(config)
         create = functools.partial(train.init_state, config, VOCAB, optimizer)
@@ -83,24 +85,11 @@ def ours(case: dict) -> dict:
         losses[-1].block_until_ready()
         seconds = (time.perf_counter() - began) / STEPS
         figures |= {'ms': 1e3 * seconds, 'loss': float(losses[0])}
-        figures['model_flops'] = model_flops(config, model.make_model, case)
+        figures['model_flops'] = worth * case['batch'] * config.seq_len
         results[f'jit, remat {remat}, {impl}'] = figures
         del state, compiled, jitted, measured, losses
         gc.collect()
   return results
-
-
-def model_flops(config, make_model, case: dict) -> float:
-  """Of one training step: 6 a weight that multiplies and token, and attention's causal half."""
-  from flax import nnx
-
-  model = nnx.eval_shape(lambda: make_model(config, VOCAB))
-  sizes = {path: leaf.size for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-  weights = sum(size for path, size in sizes.items() if str(path[-1]).startswith('w_'))
-  keys = config.head_dim + (config.rope_dim if config.attention == 'mla' else 0)
-  values = config.value_head_dim or config.head_dim
-  pairs = config.num_layers * config.num_heads * config.seq_len / 2
-  return case['batch'] * config.seq_len * (6 * weights + 6 * pairs * (keys + values))
 
 
 def peer(case: dict) -> dict:
