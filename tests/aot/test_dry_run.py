@@ -29,9 +29,9 @@ def test_a_tpu_takes_it(name, chips):
   assert report['devices'] == chips
   # Weights, and Adam's two moments, all float32 and each split over the chips.
   assert report['argument_bytes_per_device'] < 1.2 * 12 * report['params_total'] / chips
-  # Each device gets the weights for the forward and for the backward pass, in bfloat16 at the
-  # least, and gives their gradients away, but for what is whole on every device.
+  # Each device gives the others its part of the weights for the forward and for the backward pass,
+  # in bfloat16 at the least, and of the gradients theirs, but for what is whole on every device.
   body = report['params_total'] - memory.vocabulary(config) * config.d_model  # a lookup is not
-  assert report['collective_bytes_per_step'] > 0.8 * 3 * 2 * body * 7 / chips
+  assert report['collective_bytes_per_step'] > 0.8 * 3 * 2 * body * (chips - 1) / chips
   assert report['step_seconds_at_least'] >= report['seconds_at_least']['compute'] > 0
   assert report['run']['dollars'] > 0
