@@ -46,8 +46,10 @@ def compile_step(shape: tuple[int, int, int], options: dict | None = None, **cha
     def step(state, tokens):
       return train.train_step(config, graphdef, optimizer, state, tokens)
 
+    def place(leaf, where):
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
     step.__name__ = f'step_{uuid.uuid4().hex}'  # no cache has it
-    place = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)  # noqa: E731
     state = jax.tree.map(place, jax.eval_shape(create), placement)
     rows = jax.NamedSharding(mesh, jax.P(sharding.RULES['B']))
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32, sharding=rows)

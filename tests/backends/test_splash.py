@@ -40,9 +40,12 @@ def draw_parts(batch, length, heads, groups, nope, rope, value, dtype=np.float32
 
 def plain(queries, keys, values, scale):
   """Parts joined, key heads repeated, all scores at once, in float32."""
-  heads, wide = queries[0].shape[2], lambda x: x.astype(jnp.float32)
-  repeat = lambda x: jnp.repeat(wide(x), heads // x.shape[2], axis=2)  # noqa: E731
-  q = jnp.concatenate([wide(x) for x in queries], axis=-1)
+  heads = queries[0].shape[2]
+
+  def repeat(x):
+    return jnp.repeat(x.astype(jnp.float32), heads // x.shape[2], axis=2)
+
+  q = jnp.concatenate([x.astype(jnp.float32) for x in queries], axis=-1)
   k = jnp.concatenate([repeat(x) for x in keys], axis=-1)
   scores = jnp.einsum('bthn,bshn->bhts', q, k) * scale
   seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
