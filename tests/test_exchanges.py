@@ -64,6 +64,18 @@ def test_accumulated_gradients_are_exchanged_once_a_step(chunk, monkeypatch):
   assert [found[:2] for found in exchanges(step.as_text())] == [(True, 'all-reduce')]
 
 
+def test_the_vocabularys_gradients_are_never_summed_whole(monkeypatch):
+  """Each device gets its part of D of what fsdp sums, and data's sum is of that part only."""
+  monkeypatch.setattr(loss, 'CHUNK_BYTES', 4 * VOCAB * 8)
+  found = exchanges(compile_step((2, 2, 2)).as_text())
+  part, width = VOCAB // 2, SIZES['d_model']
+  scattered = [shape for _, kind, shape in found if kind == 'reduce-scatter']
+  for sizes in (f'[{part},{width // 2}]', f'[{width // 2},{part}]'):  # the embedding's, w_out's
+    assert sum(sizes in shape for shape in scattered) == 1, scattered
+  summed = ' '.join(shape for _, kind, shape in found if kind == 'all-reduce')
+  assert not re.search(rf'\[({VOCAB}|{part}),{width}\]|\[{width},({VOCAB}|{part})\]', summed)
+
+
 def test_weights_are_gathered_as_bfloat16_where_that_computes(tmp_path, monkeypatch):
   """Read where the program has just been split, as XLA's CPU backend widens bfloat16 later on."""
   monkeypatch.setattr(loss, 'CHUNK_BYTES', 4 * VOCAB * 8)
