@@ -89,7 +89,7 @@ def expanded(self, x, cached, positions):
   keys = jnp.concatenate([k_nope, k_rope], axis=-1)
   query = jnp.concatenate(self._queries(x, positions), axis=-1)
   out = cached_attention(
-    [query], [Stored(keys, None)], Stored(values, None), positions, scale=self.scale
+    [query], [Stored(keys, None)], [Stored(values, None)], positions, scale=self.scale
   )
   return project(out, self.w_o, inputs=2)
 

@@ -52,7 +52,7 @@ class GroupedAttention(nnx.Module):
     """The T newest tokens, already in the cache, attend to all it holds."""
     q = self._rotate(project(x, self.w_q), positions)
     out = cached_attention(
-      [q], [cached['k']], cached['v'], positions, scale=self.scale, impl=self.impl
+      [q], [cached['k']], [cached['v']], positions, scale=self.scale, impl=self.impl
     )
     return project(out, self.w_o, inputs=2)
 

@@ -72,7 +72,7 @@ class LatentAttention(nnx.Module):
     q_latent = jnp.einsum('bthn,chn->bthc', q_nope, self.w_uk[...].astype(x.dtype))
     latent, k_rope = _one_head(cached['latent']), _one_head(cached['k_rope'])
     mixed = cached_attention(
-      [q_latent, q_rope], [latent, k_rope], latent, positions, scale=self.scale, impl=self.impl
+      [q_latent, q_rope], [latent, k_rope], [latent], positions, scale=self.scale, impl=self.impl
     )
     out = jnp.einsum('bthc,chv->bthv', mixed, self.w_uv[...].astype(x.dtype))
     return project(out, self.w_o, inputs=2)

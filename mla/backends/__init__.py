@@ -79,7 +79,7 @@ def causal_attention(
 def cached_attention(
   queries: Sequence[Array],
   keys: Sequence[Stored],
-  values: Stored,
+  values: Sequence[Stored],
   positions: Array,
   *,
   scale: float,
@@ -87,21 +87,25 @@ def cached_attention(
 ) -> Array:
   """Attention of T new tokens to a cache whose slot s holds the token of position s: [B,T,H,V].
 
-  queries[i] is [B,T,H,dims], values [B,K,S,V] and positions [B,T], integers; the score is the sum
-  over i of <queries[i], keys[i]>: MLA's has a latent and a rotary part, the grouped variants' only
-  one. keys[i] is [B,K,S,dims], or [B,1,S,dims] for all heads. A query at position p sees the slots
-  up to p. An int8 cache is never expanded: its scales multiply scores and weights.
+  queries[i] is [B,T,H,dims] and positions [B,T], integers; the score is the sum over i of
+  <queries[i], keys[i]>: MLA's has a latent and a rotary part, the grouped variants' only one.
+  keys[i] is [B,K,S,dims], or [B,1,S,dims] for all heads; values[i] is [B,K,S,dims], V dims in all,
+  and more than one where parts of a value have scales of their own. A query at position p sees the
+  slots up to p. An int8 cache is never expanded: its scales multiply scores and weights.
 
   A row with a position of S or more has more tokens than the cache has slots, and append has not
   written them: it gets NaN.
   """
   _check_queries(queries, keys)
   batch, length, heads, _ = queries[0].shape
-  _check('cached values', values.values, (batch, None, None, None))
-  groups, slots = _check_groups(heads, values.values.shape[1]), values.values.shape[2]
+  _require(len(values) > 0, 'no cached values')
+  _check('cached values[0]', values[0].values, (batch, None, None, None))
+  groups, slots = _check_groups(heads, values[0].values.shape[1]), values[0].values.shape[2]
+  for i, value in enumerate(values):
+    _check(f'cached values[{i}]', value.values, (batch, groups, slots, None))
   for i, key in enumerate(keys):
     _check(f'cached keys[{i}]', key.values, (batch, {1, groups}, slots, queries[i].shape[3]))
-  for stored in (*keys, values):
+  for stored in (*keys, *values):
     _check_stored(stored)
   _check_integers('positions', positions, (batch, length))
   positions = positions.astype(jnp.int32)

@@ -134,14 +134,14 @@ def _add(total: Array, part: Array, index: Array, block: int) -> Array:
 def cached(
   queries: Sequence[Array],
   keys: Sequence[Stored],
-  values: Stored,
+  values: Sequence[Stored],
   positions: Int[Array, 'B T'],
   scale: float,
 ) -> Float[Array, 'B T H V']:
   """Attention through a cache, in the queries' dtype; softmax in float32."""
   dtype = queries[0].dtype
   batch, length, heads, _ = queries[0].shape
-  groups, size = values.values.shape[1:3]
+  groups, size = values[0].values.shape[1:3]
   shape = (batch, groups, heads // groups, length, size)
   parts = []
   for query, key in zip(queries, keys, strict=True):
@@ -158,11 +158,13 @@ def cached(
   total = jnp.sum(weights, axis=-1, keepdims=True)
   fits = jnp.max(positions, axis=1) < size
   total = jnp.where(fits[:, None, None, None, None], total, jnp.nan)
-  if values.scale is not None:
-    weights *= values.scale[:, :, None, None, :]
-  # The output keeps the operands' order; any other makes XLA's CPU backend transpose the values.
-  out = dot('bkgts,bksv->bkgtv', weights.astype(dtype), values.values.astype(dtype))
-  return jnp.moveaxis(out / total, 3, 1).reshape(batch, length, heads, -1).astype(dtype)
+  outs = []
+  for value in values:
+    share = weights if value.scale is None else weights * value.scale[:, :, None, None, :]
+    # The output keeps the operands' order; any other makes XLA's CPU backend transpose the values.
+    outs.append(dot('bkgts,bksv->bkgtv', share.astype(dtype), value.values.astype(dtype)))
+  out = jnp.concatenate(outs, axis=-1) / total
+  return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, -1).astype(dtype)
 
 
 def append(

@@ -117,7 +117,7 @@ def test_cached_against_plain(impl, groups):
   q, k, v, _ = inputs(3, 6, groups, slots=20)
   positions = jnp.array([[4, 5, 6], [15, 16, 17]])
   stored = [Stored(x.swapaxes(1, 2), None) for x in (k, v)]
-  got = backends.cached_attention([q], [stored[0]], stored[1], positions, scale=0.3, impl=impl)
+  got = backends.cached_attention([q], stored[:1], stored[1:], positions, scale=0.3, impl=impl)
   np.testing.assert_allclose(got, plain(q, k, v, 0.3, positions), atol=1e-5)
 
 
@@ -128,9 +128,9 @@ def test_cached_scores_add_up_over_parts(impl):
   parts = [Stored(whole.values[..., :7], None), Stored(whole.values[..., 7:], None)]
   values = Stored(v.swapaxes(1, 2), None)
   got = backends.cached_attention(
-    [q[..., :7], q[..., 7:]], parts, values, positions, scale=0.3, impl=impl
+    [q[..., :7], q[..., 7:]], parts, [values], positions, scale=0.3, impl=impl
   )
-  expected = backends.cached_attention([q], [whole], values, positions, scale=0.3, impl=impl)
+  expected = backends.cached_attention([q], [whole], [values], positions, scale=0.3, impl=impl)
   np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
@@ -139,8 +139,25 @@ def test_cached_int8_is_attention_to_the_dequantised_cache(impl):
   positions = jnp.array([[4, 5, 6], [15, 16, 17]])
   stored = [Stored(*quantise(x.swapaxes(1, 2))) for x in (k, v)]
   wide = [(s.values * s.scale[..., None]).swapaxes(1, 2) for s in stored]
-  got = backends.cached_attention([q], [stored[0]], stored[1], positions, scale=0.3, impl=impl)
+  got = backends.cached_attention([q], stored[:1], stored[1:], positions, scale=0.3, impl=impl)
   np.testing.assert_allclose(got, plain(q, *wide, 0.3, positions), atol=1e-5)
+
+
+@pytest.mark.parametrize('quantised', [False, True])
+def test_cached_values_of_several_parts_come_side_by_side(impl, quantised):
+  q, k, v, _ = inputs(3, 6, 2, slots=20)
+  positions = jnp.array([[4, 5, 6], [15, 16, 17]])
+
+  def store(x):
+    x = x.swapaxes(1, 2)
+    return Stored(*quantise(x)) if quantised else Stored(x, None)
+
+  keys, parts = [store(k)], [store(v[..., :2]), store(v[..., 2:3]), store(v[..., 3:])]
+  got = backends.cached_attention([q], keys, parts, positions, scale=0.3, impl=impl)
+  expected = [
+    backends.cached_attention([q], keys, [part], positions, scale=0.3, impl=impl) for part in parts
+  ]
+  np.testing.assert_allclose(got, np.concatenate(expected, -1), atol=1e-5)
 
 
 def test_memory_of_the_gradient_is_linear_in_length(impl):

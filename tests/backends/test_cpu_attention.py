@@ -57,7 +57,7 @@ def test_a_long_cache_is_read_whole_and_no_further(dtype, groups, dims, length):
 
   def attend(stored):
     return cached_attention(
-      [jnp.asarray(queries)], [stored[0]], stored[1], jnp.asarray(positions, jnp.int32), scale=0.3
+      [jnp.asarray(queries)], [stored[0]], stored[1:], jnp.asarray(positions, jnp.int32), scale=0.3
     )
 
   np.testing.assert_allclose(jax.jit(attend)(stored), expected, atol=2e-5)
@@ -83,7 +83,7 @@ def test_a_key_in_two_parts_of_which_one_is_the_value(dtype, heads):
   out = cached_attention(
     [jnp.asarray(q) for q in queries],
     [latent, rope],
-    latent,
+    [latent],
     jnp.asarray(positions, jnp.int32),
     scale=0.3,
   )
@@ -98,7 +98,7 @@ def test_what_an_earlier_call_left_in_memory_is_not_read(dtype):
   def attend(queries, dims):  # more tasks than threads, so that each thread has some
     stored = Stored(jnp.ones((8, 4, 64, dims), dtype), None)
     positions = jnp.full((8, 1), 63, jnp.int32)
-    return cached_attention([queries], [stored], stored, positions, scale=1.0)
+    return cached_attention([queries], [stored], [stored], positions, scale=1.0)
 
   assert np.isnan(attend(jnp.full((8, 1, 4, 16), jnp.nan), 16)).all()
   np.testing.assert_allclose(attend(jnp.ones((8, 1, 4, 7)), 7), 1, rtol=1e-6)

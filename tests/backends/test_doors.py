@@ -68,7 +68,7 @@ def test_the_door_to_a_cache_names_what_does_not_fit(impl, spoil, said):
   query, key, values, positions = spoil(*arrays)
   with pytest.raises(ValueError, match=said) as caught:
     backends.cached_attention(
-      [query], [Stored(key, None)], Stored(values, None), positions, scale=1.0, impl=impl
+      [query], [Stored(key, None)], [Stored(values, None)], positions, scale=1.0, impl=impl
     )
   assert '\n' not in str(caught.value)
 
@@ -109,7 +109,7 @@ def test_a_key_part_of_one_head_is_shared_by_two_value_heads(impl, sizes):
   stored = [Stored(jnp.asarray(x, jnp.float32), None) for x in (*k, v)]
   read = functools.partial(backends.cached_attention, scale=0.3, impl=impl)
   with jax.set_mesh(mesh):
-    got = jax.jit(read)([jnp.asarray(x) for x in q], stored[:2], stored[2], jnp.asarray(positions))
+    got = jax.jit(read)([jnp.asarray(x) for x in q], stored[:2], stored[2:], jnp.asarray(positions))
   keys = np.concatenate([k[0], np.broadcast_to(k[1], (2, 2, 9, 4))], -1)
   queries = np.concatenate(q, -1).astype(np.float64)
   for b, h in np.ndindex(2, 4):
@@ -126,7 +126,7 @@ def test_positions_of_any_integer_dtype_mean_the_same(impl, dtype):
   stored = [Stored(draw(2, 2, 9, n), None) for n in (8, 6)]
   read = functools.partial(backends.cached_attention, scale=1.0, impl=impl)
   got, expected = (
-    read([draw(2, 1, 4, 8)], stored[:1], stored[1], jnp.array([[3], [8]], d))
+    read([draw(2, 1, 4, 8)], stored[:1], stored[1:], jnp.array([[3], [8]], d))
     for d in (dtype, jnp.int32)
   )
   np.testing.assert_array_equal(got, expected)
@@ -237,7 +237,7 @@ def test_the_mesh_chooses_the_backend():
   def run(x, stored):
     stored = backends.append(stored, x, jnp.zeros(2, jnp.int32))
     at = jnp.zeros((2, 8), jnp.int32)
-    read = backends.cached_attention([x], [stored], stored, at, scale=1.0)
+    read = backends.cached_attention([x], [stored], [stored], at, scale=1.0)
     return read + backends.causal_attention([x], [x], x, scale=1.0)
 
   with jax.sharding.use_abstract_mesh(mesh):

@@ -117,12 +117,15 @@ def causal_gradients(
 def cached(
   queries: Sequence[Array],
   keys: Sequence[Stored],
-  values: Stored,
+  values: Sequence[Stored],
   positions: Int[Array, 'B T'],
   scale: float,
 ) -> Array | NotImplementedType:
-  """blockwise.cached of queries up to 32 bits. Slots beyond a row's last position are not read."""
-  if queries[0].dtype.itemsize > 4:
+  """blockwise.cached of queries up to 32 bits and values in one part.
+
+  Slots beyond a row's last position are not read.
+  """
+  if queries[0].dtype.itemsize > 4 or len(values) > 1:
     return NotImplemented
 
   def local(*arrays):
@@ -134,11 +137,11 @@ def cached(
 
   arrays = [query.astype(jnp.float32) for query in queries]
   axes = ['BTH_'] * len(queries)
-  for array, scales in (*keys, values):
+  for array, scales in (*keys, *values):
     none = jnp.zeros((*array.shape[:2], 0), jnp.float32)
     arrays += [array, none if scales is None else scales]
     axes += ['BKS_', 'BKS']
-  groups = values.values.shape[1]
+  groups = values[0].values.shape[1]
   (out,) = per_device(local, (*arrays, positions), [*axes, 'BT'], ['BTH_'], groups)
   return out.astype(queries[0].dtype)
 
