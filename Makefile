@@ -1,10 +1,10 @@
-# make install | train | test | test-interop | test-sweep | test-fuzz | test-aot | bench. Each sets up what it needs; PYTHON=... chooses the interpreter, VENV=... the folder.
+# make install | train | test | test-interop | test-sweep | test-fuzz | test-variant | test-aot | bench. Each sets up what it needs; PYTHON=... chooses the interpreter, VENV=... the folder.
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 BIN = $(VENV)/bin
 
-.PHONY: install train test test-interop test-sweep test-fuzz test-aot bench
+.PHONY: install train test test-interop test-sweep test-fuzz test-variant test-aot bench
 
 install: $(VENV)/.installed
 
@@ -27,7 +27,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --ignore=tests/test_ray_engine.py --ignore=tests/test_fuzz.py --ignore=tests/aot
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --ignore=tests/test_ray_engine.py --ignore=tests/test_fuzz.py --ignore=tests/test_add_a_variant.py --ignore=tests/aot
 
 # The peers: transformers on torch. On Linux plain torch brings CUDA along; install a CPU build first to avoid that.
 $(VENV)/.installed-bench: $(VENV)/.installed
@@ -47,6 +47,10 @@ test-sweep: $(VENV)/.installed-sweep
 # Two hundred kinds of hostile input and damage, from one seed.
 test-fuzz: install
 	$(BIN)/python -m pytest tests/test_fuzz.py
+
+# Adds the variant of docs/add_a_variant.md to a copy of the project, and tests it there.
+test-variant: install
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 0 tests/test_add_a_variant.py
 
 # The compilers of a TPU and an H100, neither of which has to be here; in a venv of their own, of some 7 GB.
 $(VENV)-aot/.installed-aot: pyproject.toml constraints.txt

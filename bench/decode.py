@@ -62,7 +62,8 @@ def ours(case: dict) -> dict:
       ((figures, tokens),) = generation.time_generation(placed, [start])
     return {**figures, 'first_tokens': tokens[0][:, :CHECKED].tolist()}
 
-  forms = ['absorbed', 'expanded'] if case['variant'] == 'mla' else ['cached']
+  latent = isinstance(model.blocks.attention, LatentAttention)
+  forms = ['absorbed', 'expanded'] if latent else ['cached']
   results = {}
   for form in forms:
     jax.clear_caches()  # or jit would take the other form's trace again
@@ -164,8 +165,8 @@ def main() -> None:
         raise AssertionError(f'{variant}: ours and peer do not generate the same tokens')
       what = f'decode, batch {args.batch}, context {context}, {args.cache_dtype} cache'
       rows.append({'variant': variant, 'what': what, 'unit': 'ms/token', **row})
-      if variant == 'mla':
-        own = settings['ours']
+      own = settings['ours']
+      if any(name.startswith('absorbed') for name in own):
         forms = {
           form: min(own[name]['ms_per_token'] for name in own if name.startswith(form))
           for form in ('absorbed', 'expanded')

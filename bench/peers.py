@@ -10,6 +10,7 @@ import transformers
 from flax import nnx
 from ml_collections import ConfigDict
 
+from mla.attention.latent import LatentAttention
 from mla.model import Decoder
 
 
@@ -28,7 +29,7 @@ def make_peer(config: ConfigDict, model: Decoder, attention: str) -> torch.nn.Mo
     'attn_implementation': attention,
     'rope_parameters': {'rope_type': 'default', 'rope_theta': config.rope_base},
   }
-  if config.attention == 'mla':
+  if isinstance(model.blocks.attention, LatentAttention):
     peer: torch.nn.Module = transformers.DeepseekV3ForCausalLM(
       transformers.DeepseekV3Config(
         **common,
@@ -43,7 +44,7 @@ def make_peer(config: ConfigDict, model: Decoder, attention: str) -> torch.nn.Mo
       )
     )
   else:
-    heads = {'mha': config.num_heads, 'mqa': 1}.get(config.attention, config.num_kv_heads)
+    heads, _ = model.blocks.attention.cache_shapes()['k']
     peer = transformers.LlamaForCausalLM(
       transformers.LlamaConfig(**common, num_key_value_heads=heads, head_dim=config.head_dim)
     )
@@ -71,7 +72,7 @@ def _weights(config: ConfigDict, model: Decoder) -> dict[str, np.ndarray]:
       'self_attn.o_proj.weight': _linear(block.attention.w_o, inputs=2),
     }
     attention = block.attention
-    if config.attention == 'mla':
+    if isinstance(attention, LatentAttention):
       up = np.concatenate([attention.w_uk[...], attention.w_uv[...]], axis=-1)  # per head: k, v
       down = np.concatenate([attention.w_dkv[...], attention.w_kr[...]], axis=-1)
       own['self_attn.kv_a_proj_with_mqa.weight'] = down.T

@@ -1,7 +1,7 @@
 """Every rule a config must keep, each with an error that names the field and the cure; and the
 schema of config.json.
 
-But one rule: that `attention` names a variant, which mla/attention knows.
+The rules that only one variant has stand with it, in mla/attention.
 """
 
 import difflib
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from mla.attention import VARIANTS
 from mla.errors import UserError, first_line
 
 DTYPES = ('float32', 'bfloat16')
@@ -23,9 +24,8 @@ POSITIVE = (
   'num_heads head_dim num_layers d_model param_budget seq_len batch_size accumulation_steps '
   'num_steps eval_every checkpoint_every checkpoints_kept log_every data.eval_tokens'
 ).split()
-NOT_NEGATIVE = (
-  'value_head_dim num_kv_heads latent_dim rope_dim query_latent_dim ffn_dim warmup_steps seed'
-).split()
+NOT_NEGATIVE = 'value_head_dim ffn_dim warmup_steps seed'.split()
+OF_VARIANTS = tuple(dict.fromkeys(name for its in VARIANTS.values() for name in its.fields))
 TEXTS = (
   'attention attention_impl dtype remat data.dataset data.text_key data.train_split '
   'data.validation_split data.data_dir data.files data.validation_files data.tokenizer'
@@ -45,7 +45,7 @@ ADDED: dict[str, Any] = {
   'data.train_split': 'train',
   'embedding_std': 0.15,
 }
-FIELDS = {*POSITIVE, *NOT_NEGATIVE, *TEXTS, *MESH, *FLOATS, *ADDED}
+FIELDS = {*POSITIVE, *NOT_NEGATIVE, *OF_VARIANTS, *TEXTS, *MESH, *FLOATS, *ADDED}
 
 
 def validate(config: ConfigDict) -> None:
@@ -56,9 +56,10 @@ def validate(config: ConfigDict) -> None:
   for name in flatten(config):
     if name not in FIELDS:
       raise unknown_field(name, FIELDS)
-  _check_numbers(config)
   _check_choices(config)
-  _check_attention(config)
+  _check_numbers(config)
+  for holds, name, cure in VARIANTS[config.attention].rules(config):
+    _require(holds, name, config, cure)
   _check_training(config)
   _check_mesh(config)
 
@@ -152,11 +153,13 @@ def _in_float32(value: Any) -> float:
 
 
 def _check_numbers(config: ConfigDict) -> None:
-  for name in (*POSITIVE, *NOT_NEGATIVE, *MESH):
+  own = VARIANTS[config.attention].fields
+  not_negative = [*NOT_NEGATIVE, *(name for name in OF_VARIANTS if name in config or name in own)]
+  for name in (*POSITIVE, *not_negative, *MESH):
     _require(_is_integer(field(config, name)), name, config, 'must be an integer')
   for name in POSITIVE:
     _require(0 < field(config, name) <= LARGEST, name, config, 'must be a positive integer')
-  for name in NOT_NEGATIVE:
+  for name in not_negative:
     _require(0 <= field(config, name) <= LARGEST, name, config, 'must be 0 or a positive integer')
   for name in FLOATS:
     finite = not math.isnan(_in_float32(field(config, name)))
@@ -174,27 +177,14 @@ def _check_numbers(config: ConfigDict) -> None:
 def _check_choices(config: ConfigDict) -> None:
   for name in TEXTS:
     _require(isinstance(field(config, name), str), name, config, 'must be a string')
-  choices_of = {'dtype': DTYPES, 'remat': REMATS, 'attention_impl': ATTENTION_IMPLS}
+  choices_of = {
+    'attention': tuple(VARIANTS),
+    'dtype': DTYPES,
+    'remat': REMATS,
+    'attention_impl': ATTENTION_IMPLS,
+  }
   for name, choices in choices_of.items():
     _require(config[name] in choices, name, config, f'choose one of {", ".join(choices)}')
-
-
-def _check_attention(config: ConfigDict) -> None:
-  """The rules of the known variants; of another name mla/attention says that it is none."""
-  if config.attention == 'mla':
-    _require(config.latent_dim > 0, 'latent_dim', config, 'mla needs the width of its latent')
-    _require(config.rope_dim > 0, 'rope_dim', config, 'mla needs a shared rotary key; try 32')
-  if config.attention == 'gqa':
-    fits = config.num_kv_heads > 0 and config.num_heads % config.num_kv_heads == 0
-    cure = f'gqa needs a number that divides num_heads={config.num_heads}'
-    _require(fits, 'num_kv_heads', config, cure)
-  if config.attention in ('mha', 'gqa', 'mqa'):
-    cure = f'cannot rotate more than head_dim={config.head_dim}; 0 rotates all'
-    _require(config.rope_dim <= config.head_dim, 'rope_dim', config, cure)
-    if config.rope_dim == 0:
-      _require(config.head_dim % 2 == 0, 'head_dim', config, 'must be even to rotate in pairs')
-  if config.attention in ('mha', 'gqa', 'mqa', 'mla'):
-    _require(config.rope_dim % 2 == 0, 'rope_dim', config, 'must be even: dims rotate in pairs')
 
 
 def _check_training(config: ConfigDict) -> None:

@@ -35,6 +35,7 @@ from mla import backends, memory, sharding
 from mla import cache as cache_lib
 from mla import config as config_lib
 from mla import model as model_lib
+from mla.attention import VARIANTS
 from mla.checkpoint import Checkpoints
 from mla.data.pipeline import EvalWindows, eval_windows, load_data
 from mla.errors import UserError
@@ -85,10 +86,11 @@ def score_run(
   targets = windows.mask.sum(axis=1)
   text_bytes = np.sum(data.tokenizer.byte_lengths[windows.tokens[:, 1:]] * windows.mask)
   total, body = model_lib.count_params(model)
+  own = VARIANTS[config.attention].fields
   figures = {
     'workdir': str(workdir),
     'attention': config.attention,
-    'latent_dim': config.latent_dim if config.attention == 'mla' else None,
+    'latent_dim': config.latent_dim if 'latent_dim' in own else None,
     'params_total': total,
     'params_non_embedding': body,
     'step': step,

@@ -6,17 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import arrays_in, mesh_of, tiny_config
+from conftest import ARMS, arrays_in, mesh_of, tiny_config
 from flax import nnx
 
 from mla import cache as cache_lib
 from mla import model as model_lib
 from mla import sharding, train
-from mla.attention import append, make_attention
+from mla.attention import VARIANTS, append, make_attention
 from mla.model import allocate_cache, decode, forward, generate, make_model, prefill
 from mla.optimizer import make_optimizer
 
 VOCAB = 61
+LATENT_ARMS = [
+  arm for arm, fields in ARMS.items() if 'latent_dim' in VARIANTS[fields['attention']].fields
+]
 KEY = jax.random.key(7)
 
 
@@ -109,23 +112,12 @@ def test_int8_cache_stays_close(arm):
   assert 0 < error < 0.1  # 0 would mean that nothing was quantised
 
 
-# Elements per token and layer: DeepSeek-V2 (arXiv 2405.04434), Table 1, with V for a value's size.
-ELEMENTS = {
-  'mha': 4 * (6 + 10),
-  'mha_partial_rope': 4 * (6 + 10),
-  'gqa': 2 * (6 + 10),
-  'mqa': 6 + 10,
-  'mla': 14 + 4,
-  'mla_query_latent': 14 + 4,
-}
-VECTORS = {'mha': 8, 'mha_partial_rope': 8, 'gqa': 4, 'mqa': 2, 'mla': 2, 'mla_query_latent': 2}
-
-
 @pytest.mark.parametrize(('dtype', 'size'), [('float32', 4), ('bfloat16', 2), ('int8', 1)])
 def test_measured_bytes_are_the_papers_formula(arm, dtype, size):
   cache = allocate_cache(model_of(arm), batch=3, slots=40, dtype=dtype)
-  scales = 4 * VECTORS[arm] if dtype == 'int8' else 0
-  expected = 2 * (ELEMENTS[arm] * size + scales)  # two layers
+  vectors = VARIANTS[ARMS[arm]['attention']].vectors(tiny_config(arm))
+  scales = 4 * len(vectors) if dtype == 'int8' else 0
+  expected = 2 * (sum(vectors) * size + scales)  # two layers
   assert cache.bytes_per_token() == expected
   # What decoding leaves behind is what was allocated: nothing larger is kept on the side.
   _, after = jit_decode(model_of(arm), cache, tokens_of(3, 5))
@@ -142,12 +134,12 @@ def test_a_decode_step_never_expands_the_latents(dtype):
     program = jax.make_jaxpr(lambda cache, token: decode(model, cache, token))
     return max(x.size for x in arrays_in(program(cache, jnp.zeros((1, 1), jnp.int32)).jaxpr))
 
-  assert largest('mla') < slots * heads * nope
-  assert largest('mla_query_latent') < slots * heads * nope
+  for arm in LATENT_ARMS:
+    assert largest(arm) < slots * heads * nope
   assert largest('mha') >= slots * heads * nope  # the count does see such arrays
 
 
-@pytest.mark.parametrize('arm', ['mla', 'mla_query_latent'])
+@pytest.mark.parametrize('arm', LATENT_ARMS)
 def test_absorbed_is_expanded(arm):
   attention = attention_of(arm)
   x = jax.random.normal(KEY, (2, 17, 32))
@@ -176,8 +168,10 @@ def test_greedy_generation_is_the_argmax_of_forward(arm):
     np.testing.assert_array_equal(got[row], text[0, n:])
 
 
-# The four variants, MLA with all its projections.
-VARIANTS = pytest.mark.parametrize('arm', ['mha', 'gqa', 'mqa', 'mla_query_latent'])
+# An arm a variant, the one with most to it.
+EACH_VARIANT = pytest.mark.parametrize(
+  'arm', {fields['attention']: arm for arm, fields in ARMS.items()}.values()
+)
 
 
 @functools.cache
@@ -206,7 +200,7 @@ def losses(arm: str, shape: tuple[int, int, int] = (1, 1, 1), **changes) -> np.n
   return np.array(figures)
 
 
-@VARIANTS
+@EACH_VARIANT
 @pytest.mark.parametrize('shape', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
 def test_meshes_give_the_losses_of_one_device(arm, shape):
   """Along tensor the heads are split; gqa has two key heads for them, mqa one."""
@@ -216,7 +210,7 @@ def test_meshes_give_the_losses_of_one_device(arm, shape):
   )
 
 
-@VARIANTS
+@EACH_VARIANT
 def test_weights_do_lie_on_the_mesh(arm):
   mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
   state = nnx.state(nnx.eval_shape(lambda: make_model(tiny_config(arm), 64)))
@@ -225,13 +219,13 @@ def test_weights_do_lie_on_the_mesh(arm):
   assert output.spec == jax.sharding.PartitionSpec(None, ('tensor',), None, ('fsdp',))
 
 
-@VARIANTS
+@EACH_VARIANT
 @pytest.mark.parametrize('remat', ['latents', 'block', 'full'])
 def test_remat_changes_no_losses(arm, remat):
   np.testing.assert_allclose(losses(arm, remat=remat), losses(arm, num_heads=4), rtol=1e-6)
 
 
-@VARIANTS
+@EACH_VARIANT
 def test_accumulated_gradients_are_those_of_the_whole_batch(arm):
   accumulated = losses(arm, (2, 2, 2), accumulation_steps=2)
   np.testing.assert_allclose(accumulated, losses(arm, num_heads=4), rtol=1e-5)

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mla import cost, dry_run, hlo, sharding, targets
+from mla.attention import make_attention
 from mla.errors import UserError
 from mla.model import count_params, make_model
 from mla.optimizer import make_optimizer
@@ -93,7 +94,7 @@ def test_flops_are_six_a_weight_and_causal_attention(arm, changes):
   of which there are (T + 1) / 2 on average."""
   config = tiny_config(arm, dtype='bfloat16', num_layers=3, **changes)
   weights = count_params(make_model(config, 257))[1] + config.d_model * 257
-  query = config.head_dim + (config.rope_dim if arm.startswith('mla') else 0)
+  query = round(make_attention(config, nnx.Rngs(0)).scale ** -2)  # scores come as / root of width
   seen = (config.seq_len + 1) / 2
   attention = 6 * config.num_layers * config.num_heads * (query + config.value_head_dim) * seen
   useful, executed = dry_run.flops_per_token(config, 257, jax.devices()[0])

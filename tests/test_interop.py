@@ -5,18 +5,30 @@ import numpy as np
 import pytest
 from conftest import ARMS, tiny_config
 
+from mla.attention import VARIANTS
+from mla.attention.grouped import GroupedAttention
+from mla.attention.latent import LatentAttention
 from mla.model import forward, make_model
 
 pytest.importorskip('transformers', reason='extra [bench]; make test-interop installs it')
 
 
-@pytest.mark.parametrize('arm', [arm for arm in ARMS if arm != 'mha_partial_rope'])
+# A Llama's values are as wide as its keys, and it rotates all of a key.
+VALUES = {GroupedAttention: 0, LatentAttention: 10}
+WITH_PEER = [
+  arm
+  for arm, fields in ARMS.items()
+  if VARIANTS[fields['attention']].module in VALUES and arm != 'mha_partial_rope'
+]
+
+
+@pytest.mark.parametrize('arm', WITH_PEER)
 def test_logits_are_those_of_transformers(arm):
   import torch
 
   from bench.peers import make_peer
 
-  values = 0 if ARMS[arm]['attention'] != 'mla' else 10  # a Llama's values are as wide as its keys
+  values = VALUES[VARIANTS[ARMS[arm]['attention']].module]
   config = tiny_config(arm, value_head_dim=values, rope_base=500.0)
   model = make_model(config, 61)
   tokens = np.random.default_rng(0).integers(0, 61, (2, 40)).astype(np.int32)

@@ -6,9 +6,10 @@ four methods:
   compress(x, positions)                 those things, for new tokens
   attend(x, entries, positions)          all tokens at once, for training and prefill
   attend_cached(x, cached, positions)    the newest tokens against the cache, for decoding
+Beside its module stands a Variant (variant.py): its rules, its label, what its paper says it keeps.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
@@ -16,24 +17,23 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from mla import backends
-from mla.attention.grouped import GroupedAttention
-from mla.attention.latent import LatentAttention
+from mla.attention.grouped import GQA, MHA, MQA
+from mla.attention.latent import MLA
+from mla.attention.variant import Variant
 from mla.cache import Stored
-from mla.errors import UserError
 
-VARIANTS: dict[str, Callable[[ConfigDict, nnx.Rngs], Any]] = {
-  'mha': GroupedAttention,
-  'gqa': GroupedAttention,
-  'mqa': GroupedAttention,
-  'mla': LatentAttention,
+# By what config.attention calls it; pictures give out colours in this order.
+VARIANTS: dict[str, Variant] = {
+  'mha': MHA,
+  'gqa': GQA,
+  'mqa': MQA,
+  'mla': MLA,
 }
 
 
 def make_attention(config: ConfigDict, rngs: nnx.Rngs) -> Any:
-  """The module that config.attention names; UserError if there is none."""
-  if config.attention not in VARIANTS:
-    raise UserError(f'attention={config.attention}: choose one of {", ".join(VARIANTS)}')
-  return VARIANTS[config.attention](config, rngs)
+  """The module that config.attention names, of a config that keeps its rules (mla/config.py)."""
+  return VARIANTS[config.attention].module(config, rngs)
 
 
 def append(

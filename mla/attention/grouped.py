@@ -1,11 +1,14 @@
 """Multi-head, grouped-query, multi-query attention: one module, K = H, G or 1 key/value heads."""
 
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from mla.attention.rope import Positions, rope
+from mla.attention.variant import Rule, Variant, even_rope
 from mla.backends import cached_attention, causal_attention
 from mla.cache import Shapes, Stored
 from mla.layers import project, weight
@@ -19,7 +22,7 @@ class GroupedAttention(nnx.Module):
 
   def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
     D, H, N = config.d_model, config.num_heads, config.head_dim
-    K = {'mha': H, 'mqa': 1}.get(config.attention, config.num_kv_heads)
+    K = _key_heads(config)
     V = config.value_head_dim or N
     self.rotated = config.rope_dim or N
     self.rope_base = config.rope_base
@@ -61,3 +64,30 @@ class GroupedAttention(nnx.Module):
       return rope(heads, positions, self.rope_base)
     turned, kept = jnp.split(heads, [self.rotated], axis=-1)
     return jnp.concatenate([rope(turned, positions, self.rope_base), kept], axis=-1)
+
+
+def _key_heads(config: ConfigDict) -> int:
+  """K."""
+  return {'mha': config.num_heads, 'mqa': 1}.get(config.attention, config.num_kv_heads)
+
+
+def _rules(config: ConfigDict) -> Iterator[Rule]:
+  if config.attention == 'gqa':
+    fits = config.num_kv_heads > 0 and config.num_heads % config.num_kv_heads == 0
+    yield fits, 'num_kv_heads', f'gqa needs a number that divides num_heads={config.num_heads}'
+  cure = f'cannot rotate more than head_dim={config.head_dim}; 0 rotates all'
+  yield config.rope_dim <= config.head_dim, 'rope_dim', cure
+  whole = config.rope_dim == 0
+  yield not whole or config.head_dim % 2 == 0, 'head_dim', 'must be even to rotate in pairs'
+  yield even_rope(config)
+
+
+def _vectors(config: ConfigDict) -> list[int]:
+  """2 K d_h elements (DeepSeek-V2, arXiv 2405.04434, table 1), where values are as wide as keys."""
+  K, V = _key_heads(config), config.value_head_dim or config.head_dim
+  return [config.head_dim] * K + [V] * K
+
+
+MHA = Variant(GroupedAttention, 'MHA', ('rope_dim',), _rules, _vectors)
+GQA = Variant(GroupedAttention, 'GQA', ('num_kv_heads', 'rope_dim'), _rules, _vectors)
+MQA = Variant(GroupedAttention, 'MQA', ('rope_dim',), _rules, _vectors)

@@ -8,12 +8,15 @@ which is the same function because the products associate:
   <q_h, W_uk_h c> = <W_uk_h^T q_h, c>      and      sum_s a_s W_uv_h c_s = W_uv_h (sum_s a_s c_s)
 """
 
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from mla.attention.rope import Positions, rope
+from mla.attention.variant import Rule, Variant, even_rope
 from mla.backends import cached_attention, causal_attention
 from mla.cache import Shapes, Stored
 from mla.layers import RMSNorm, project, weight
@@ -93,3 +96,19 @@ def _one_head(stored: Stored) -> Stored:
   """[B, S, dims] as [B, 1, S, dims]: all query heads read the same vectors."""
   scale = None if stored.scale is None else stored.scale[:, None]
   return Stored(stored.values[:, None], scale)
+
+
+def _rules(config: ConfigDict) -> Iterator[Rule]:
+  yield config.latent_dim > 0, 'latent_dim', 'mla needs the width of its latent'
+  yield config.rope_dim > 0, 'rope_dim', 'mla needs a shared rotary key; try 32'
+  yield even_rope(config)
+
+
+def _vectors(config: ConfigDict) -> list[int]:
+  """d_c + d_h^R elements (table 1)."""
+  return [config.latent_dim, config.rope_dim]
+
+
+MLA = Variant(
+  LatentAttention, 'MLA', ('latent_dim', 'rope_dim', 'query_latent_dim'), _rules, _vectors
+)

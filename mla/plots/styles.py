@@ -14,6 +14,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from mla import files
+from mla.attention import VARIANTS
 
 Number = int | float  # results hold both, and the tests check annotations for real
 SMALL = 8.5  # points, of names and remarks
@@ -27,18 +28,19 @@ class Style(NamedTuple):
   marker: str
 
 
+# In the order of VARIANTS: the palette, its last three colours once more with other markers.
+LOOKS = (
+  *(('#000000', 's'), ('#0072B2', '^'), ('#009E73', 'v'), ('#D55E00', 'o')),
+  *(
+    (colour, marker)
+    for markers in ('DPX', '*hd')
+    for colour, marker in zip(('#CC79A7', '#56B4E9', '#E69F00'), markers, strict=True)
+  ),
+)
 STYLES = {
-  'mha': Style('MHA', '#000000', 's'),
-  'gqa': Style('GQA', '#0072B2', '^'),
-  'mqa': Style('MQA', '#009E73', 'v'),
-  'mla': Style('MLA', '#D55E00', 'o'),
+  name: Style(variant.label, *LOOKS[index % len(LOOKS)])
+  for index, (name, variant) in enumerate(VARIANTS.items())
 }
-# For variants added since: the palette's other colours, then all again with other markers.
-FREE = [
-  (colour, marker)
-  for markers in ('DPX', '*hd')
-  for colour, marker in zip(('#CC79A7', '#56B4E9', '#E69F00'), markers, strict=True)
-]
 # Fields as an arm's name has them where a sweep makes it, in the letters the project writes them.
 LETTERS = {
   'num_kv_heads': 'K', 'num_heads': 'H', 'value_head_dim': 'V', 'head_dim': 'N',
@@ -48,7 +50,8 @@ LETTERS = {
 
 
 def styles(variants: Iterable[str]) -> dict[str, Style]:
-  """{variant: its style}, each in its place of the table; one not in it gets a free look."""
+  """{variant: its style}, in the order of VARIANTS; one that another program's results name, which
+  this has not, gets a free look."""
   found = sorted(
     set(variants), key=lambda name: (list(STYLES).index(name) if name in STYLES else 99, name)
   )
@@ -56,7 +59,7 @@ def styles(variants: Iterable[str]) -> dict[str, Style]:
   return {
     name: STYLES[name]
     if name in STYLES
-    else Style(name.upper(), *FREE[fresh.index(name) % len(FREE)])
+    else Style(name.upper(), *LOOKS[(len(STYLES) + fresh.index(name)) % len(LOOKS)])
     for name in found
   }
 
