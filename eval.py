@@ -1,6 +1,7 @@
 """Evaluates runs: perplexity read through the KV cache, against the bytes of that cache.
 
-python eval.py --workdir=A [--workdir=B ...] [--cache_dtype=bfloat16] [--json=F] [--plot=F.png]
+python eval.py --workdir=A [--workdir=B ...] [--cache_dtype=bfloat16] [--max_tokens=N]
+  [--json=F] [--plot=F.png]
 """
 
 import json
@@ -12,6 +13,9 @@ from mla.errors import UserError
 
 WORKDIRS = flags.DEFINE_multi_string('workdir', [], 'a run; give it again for each further one')
 CACHE_DTYPE = flags.DEFINE_string('cache_dtype', 'bfloat16', 'float32, bfloat16 or int8')
+MAX_TOKENS = flags.DEFINE_integer(
+  'max_tokens', None, 'about so many, in whole windows spread over the text; all when not given'
+)
 JSON = flags.DEFINE_string('json', None, 'write the figures here')
 PLOT = flags.DEFINE_string('plot', None, 'draw perplexity against bytes per token here (.png)')
 
@@ -23,7 +27,10 @@ def main() -> None:
   json_file, plot_file = paths.output('json', JSON.value, 'runs'), paths.picture('plot', PLOT.value)
   paths.distinct(json=json_file, plot=plot_file)
   backends.prepare(evaluate.BATCH)
-  runs = [evaluate.evaluate_run(workdir, CACHE_DTYPE.value, say=print) for workdir in workdirs]
+  runs = [
+    evaluate.evaluate_run(workdir, CACHE_DTYPE.value, print, MAX_TOKENS.value)
+    for workdir in workdirs
+  ]
   print('\n' + tables.compare(runs))
   if json_file:
     try:

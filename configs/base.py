@@ -60,7 +60,10 @@ def get_config() -> ConfigDict:
         # Of the validation split: for the evaluations while training, and for a sweep's losses.
         'eval_tokens': 131_072,
       },
-      # Devices along each axis of the mesh; -1 takes what the others leave.
-      'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},
+      # Devices along each axis of the mesh; -1 takes what the others leave. Those of fsdp share
+      # weights and optimiser. fsdp=0 takes as many of data=-1 as are needed: the fewest at which
+      # what training needs at the least (mla/memory.py) fills no more than half of a device's
+      # memory. Beside another data, and on CPUs, it is 1.
+      'mesh': {'data': -1, 'fsdp': 0, 'tensor': 1},
     }
   )

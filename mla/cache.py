@@ -7,12 +7,16 @@ share one batch.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
+
+from mla import sharding
 
 DTYPES = ('float32', 'bfloat16', 'int8')
 
@@ -47,6 +51,14 @@ class Cache:
     """Bytes of the allocated arrays over the token slots they were allocated for."""
     return self.nbytes() / (self.lengths.shape[0] * self.slots)
 
+  def bytes_per_token_per_device(self) -> float:
+    """The same of what one device holds of the arrays: a part, or all where they aren't split."""
+    held = sum(
+      math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+      for leaf in jax.tree.leaves(self.layers)
+    )
+    return held / (self.lengths.shape[0] * self.slots)
+
 
 def allocate(shapes: Shapes, *, num_layers: int, batch: int, slots: int, dtype: str) -> Cache:
   """An empty cache of `slots` tokens for each of `batch` rows; dtype is one of DTYPES."""
@@ -60,6 +72,26 @@ def allocate(shapes: Shapes, *, num_layers: int, batch: int, slots: int, dtype: 
 
   layers = tuple({name: array(shape) for name, shape in shapes.items()} for _ in range(num_layers))
   return Cache(layers, jnp.zeros(batch, jnp.int32))
+
+
+def shardings(layers, batch: int, mesh: Mesh):
+  """A NamedSharding for each array of a cache's layers, abstract ones too: rows on data and fsdp,
+  key heads on tensor.
+
+  Where rows don't split evenly, being fewer than devices for instance, slots lie on data and fsdp.
+  """
+  by_rows = bool(sharding.split_over('B', batch, mesh))
+
+  def one(array, axes: tuple[str, ...]) -> NamedSharding:
+    return NamedSharding(mesh, sharding.spec(axes, array.shape, mesh))
+
+  def both(stored: Stored) -> Stored:
+    heads = ('K',) * (stored.values.ndim - 3)
+    axes = ('B', *heads, 'S') if by_rows else ('rows', *heads, 'B')
+    scale = None if stored.scale is None else one(stored.scale, axes)
+    return Stored(one(stored.values, (*axes, 'dims')), scale)  # type: ignore[arg-type]
+
+  return tuple({name: both(stored) for name, stored in layer.items()} for layer in layers)
 
 
 def quantise(

@@ -37,7 +37,7 @@ LARGEST = 2**31 - 1  # sizes and counts must stay within int32
 
 # Of config.json; raise it with every field that is added, so that an older program refuses what it
 # would misread. Version 0 did not write its number.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # Fields that came after version 0, each with what runs did before: what an older run's config.json
 # is filled with. At this value a field is no difference between two runs.
 ADDED: dict[str, Any] = {
@@ -196,8 +196,13 @@ def _check_training(config: ConfigDict) -> None:
 
 def _check_mesh(config: ConfigDict) -> None:
   for axis in ('data', 'fsdp', 'tensor'):
-    size = config.mesh[axis]
-    _require(size == -1 or size > 0, f'mesh.{axis}', config, 'must be positive, or -1 for the rest')
+    size, name = config.mesh[axis], f'mesh.{axis}'
+    if axis == 'fsdp':
+      _require(
+        size >= -1, name, config, 'must be positive, 0 for what is needed, or -1 for the rest'
+      )
+    else:
+      _require(size == -1 or size > 0, name, config, 'must be positive, or -1 for the rest')
   free = [axis for axis, size in config.mesh.items() if size == -1]
   if len(free) > 1:
     raise UserError(f'mesh.{free[1]}=-1: only one axis can take what is left; give a number')

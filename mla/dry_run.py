@@ -85,7 +85,7 @@ def measure(config: ConfigDict, target: Target, *, context: int) -> dict[str, An
     raise UserError(
       f'data.tokenizer={config.data.tokenizer}: choose bytes, or bpe:VOCAB such as bpe:4096'
     )
-  mesh = sharding.make_mesh(config.mesh.to_dict(), target.devices)
+  mesh = memory.training_mesh(config, target.devices, target.chip.memory)
   sharding.check_batch(config, mesh)
   backends.check(config.attention_impl, mesh)
   model = nnx.eval_shape(lambda: model_lib.make_model(config, vocab))
@@ -256,7 +256,7 @@ def _over(amount: int | float | None, rate: float | None) -> float | None:
 
 def largest_rows(config: ConfigDict, target: Target, say: Callable[[str], None] = print) -> int:
   """The most rows at once, powers of two times the mesh's rows, that fit; 0 if none do."""
-  mesh = sharding.make_mesh(config.mesh.to_dict(), target.devices)
+  mesh = memory.training_mesh(config, target.devices, target.chip.memory)
   least = mesh.shape['data'] * mesh.shape['fsdp']
   vocab = memory.vocabulary(config)
 

@@ -15,19 +15,22 @@ The protocol, so that anybody can repeat it:
 - perplexity_ci95: percentile bootstrap, BOOTSTRAPS resamples of whole windows (tokens of a window
   are not independent), seed 0. It says how far another text of this kind would move the figure, not
   another training seed. None (null) below LEAST_WINDOWS windows, of which it would say too little.
-- kv_cache_bytes_per_token: nbytes of the arrays allocated for the windows over their token slots.
+- kv_cache_bytes_per_token: nbytes of the arrays allocated for the windows over their token slots;
+  kv_cache_bytes_per_token_per_device: of the part of them that one device holds.
+- loss_by_position: nats a target, by how many tokens of its window it sees: 1, 2 to 3, 4 to 7, ...
 """
 
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
@@ -48,15 +51,27 @@ BOOTSTRAPS = 2000
 LEAST_WINDOWS = 20
 
 
+class Reading(NamedTuple):
+  """What reading windows through their cache gives; sums of NLL in nats, float64."""
+
+  by_window: Float[np.ndarray, ' W']
+  by_position: Float[np.ndarray, ' T']
+  bytes_per_token: float
+  bytes_per_token_per_device: float
+
+
 def evaluate_run(
-  workdir: Path, cache_dtype: str, say: Callable[[str], None] = lambda line: None
+  workdir: Path,
+  cache_dtype: str,
+  say: Callable[[str], None] = lambda line: None,
+  max_tokens: int | None = None,
 ) -> dict:
   """One run's newest checkpoint on its validation split; the keys of eval.py's JSON.
 
   Raises UserError for a folder that holds no run, a damaged checkpoint, or a text that is not the
   one it was trained beside.
   """
-  return score_run(workdir, cache_dtype, say)[0]
+  return score_run(workdir, cache_dtype, say, max_tokens)[0]
 
 
 def score_run(
@@ -71,8 +86,10 @@ def score_run(
   """
   if cache_dtype not in cache_lib.DTYPES:
     raise UserError(f'--cache_dtype={cache_dtype}: choose one of {", ".join(cache_lib.DTYPES)}')
+  if max_tokens is not None and max_tokens < 1:
+    raise UserError(f'--max_tokens={max_tokens}: must be a positive number of tokens')
   config = read_config(workdir)
-  mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1})
+  mesh = memory.reading_mesh(config, cache_dtype, batch=BATCH, chunk=CHUNK)
   memory.check_reading(config, cache_dtype, mesh, batch=BATCH + -BATCH % mesh.size, chunk=CHUNK)
   try:
     backends.check(config.attention_impl, mesh)
@@ -82,7 +99,8 @@ def score_run(
   model, step = load_model(workdir, config, data.tokenizer.vocab_size, data.digest, mesh)
   windows = eval_windows(data.validation, seq_len=config.seq_len, max_tokens=max_tokens)
   say(f'{workdir}: {windows.mask.sum():,} targets through a {cache_dtype} cache')
-  nll, bytes_per_token = nll_through_cache(model, windows, cache_dtype, mesh)
+  read = read_through_cache(model, windows, cache_dtype, mesh)
+  nll = read.by_window
   targets = windows.mask.sum(axis=1)
   text_bytes = np.sum(data.tokenizer.byte_lengths[windows.tokens[:, 1:]] * windows.mask)
   total, body = model_lib.count_params(model)
@@ -95,11 +113,13 @@ def score_run(
     'params_non_embedding': body,
     'step': step,
     'cache_dtype': cache_dtype,
-    'kv_cache_bytes_per_token': bytes_per_token,
+    'kv_cache_bytes_per_token': read.bytes_per_token,
+    'kv_cache_bytes_per_token_per_device': read.bytes_per_token_per_device,
     'perplexity': float(np.exp(nll.sum() / targets.sum())),
     'perplexity_ci95': bootstrap_perplexity(nll, targets),
     'bits_per_byte': float(nll.sum() / (math.log(2) * text_bytes)),
     'tokens_evaluated': int(targets.sum()),
+    'loss_by_position': loss_by_position(read.by_position, windows.mask.sum(axis=0)),
   }
   return figures, nll
 
@@ -107,56 +127,108 @@ def score_run(
 def load_model(
   workdir: Path, config: ConfigDict, vocab: int, data: str, mesh: Mesh
 ) -> tuple[model_lib.Decoder, int]:
-  """The newest checkpoint's model, whole on every device, and its step; `data`: text's digest.
+  """The newest checkpoint's model, on the mesh as in training, and its step; `data`: text's digest.
 
   Raises UserError as Checkpoints.read_params.
   """
   model = nnx.eval_shape(lambda: model_lib.make_model(config, vocab))
   graphdef, params = nnx.split(model)
-  everywhere = NamedSharding(mesh, PartitionSpec())
-  target = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), params
-  )
+  target = sharding.placed(params, sharding.shardings(params, mesh))
   step, params = Checkpoints(workdir).read_params(
     target, {'config': config_lib.to_json(config), 'data': data}
   )
   return nnx.merge(graphdef, params), step
 
 
-def nll_through_cache(
+def read_through_cache(
   model: model_lib.Decoder, windows: EvalWindows, cache_dtype: str, mesh: Mesh, chunk: int = CHUNK
-) -> tuple[Float[np.ndarray, ' W'], float]:
-  """Each window's total NLL in nats (float64), and the cache's bytes per token slot."""
-  length = windows.mask.shape[1]
-  batch = BATCH + -BATCH % mesh.size
-  place = NamedSharding(mesh, PartitionSpec(sharding.RULES['B']))
-  cache = jax.device_put(
-    model_lib.allocate_cache(model, batch=batch, slots=length, dtype=cache_dtype), place
-  )
-  bytes_per_token = cache.bytes_per_token()
+) -> Reading:
+  """Each window's and each position's total NLL, and the cache's bytes per token slot.
+
+  Windows lie on data and fsdp; where they are fewer than devices, the cache's slots do.
+  """
+  count, length = windows.mask.shape
+  devices = math.prod(mesh.shape[axis] for axis in sharding.RULES['B'])
   graphdef, params = nnx.split(model)
-
-  def score(params, cache: cache_lib.Cache, tokens: Int[Array, 'B window']):
+  batch = BATCH + -BATCH % devices
+  if count < devices and length % devices == 0:
+    batch = count
     model = nnx.merge(graphdef, params)
-    cache = cache_lib.Cache(cache.layers, jnp.zeros_like(cache.lengths))
-    parts = []
-    for start in range(0, length, chunk):
-      end = min(start + chunk, length)
-      logits, cache = model_lib.decode(model, cache, tokens[:, start:end])
-      targets = tokens[:, start + 1 : end + 1]
-      parts.append(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
-    return jnp.concatenate(parts, axis=1), cache
+    model.blocks.attention.impl = 'blockwise'  # which XLA can split along the slots
+    graphdef = nnx.graphdef(model)
 
-  score = jax.jit(score, donate_argnums=1)
-  totals = []
-  for start in range(0, len(windows.tokens), batch):
+  def empty():
+    cache = model_lib.allocate_cache(model, batch=batch, slots=length, dtype=cache_dtype)
+    return cache.layers
+
+  place = cache_lib.shardings(jax.eval_shape(empty), batch, mesh)
+  layers = jax.jit(empty, out_shardings=place)()
+  rows = sharding.rows_sharding(mesh) if batch % devices == 0 else sharding.everywhere(mesh)
+
+  score = make_score(graphdef, mesh, place, chunk)
+  by_window, by_position = [], np.zeros(length)
+  for start in range(0, count, batch):
     tokens = windows.tokens[start : start + batch]
     fill = ((0, batch - len(tokens)), (0, 0))
     with jax.set_mesh(mesh):
-      nll, cache = score(params, cache, jax.device_put(np.pad(tokens, fill), place))
-    rows = np.asarray(nll, np.float64)[: len(tokens)]
-    totals.append(np.sum(rows * windows.mask[start : start + batch], axis=1))
-  return np.concatenate(totals), bytes_per_token
+      nll, layers = score(params, layers, jax.device_put(np.pad(tokens, fill), rows))
+    mask = windows.mask[start : start + batch]
+    real = np.asarray(nll, np.float64)[: len(tokens)] * mask
+    by_window.append(real.sum(axis=1))
+    by_position += real.sum(axis=0)
+  cache = cache_lib.Cache(layers, jnp.zeros(batch, jnp.int32))
+  return Reading(
+    np.concatenate(by_window),
+    by_position,
+    cache.bytes_per_token(),
+    cache.bytes_per_token_per_device(),
+  )
+
+
+def make_score(graphdef, mesh: Mesh, place, chunk: int):
+  """The compiled function (params, a cache's layers, windows [B, T+1]) -> (NLL [B,T], the layers).
+
+  The cache is read and written in one loop over chunks, its layers lying where `place` says.
+  """
+
+  def score(params, layers, tokens: Int[Array, 'B window']):
+    def read(cache: cache_lib.Cache, tokens: Int[Array, 'B window']):
+      weights = params
+      if mesh.shape['fsdp'] > 1:  # else all of them would be gathered before the loop, and held
+        weights, tokens = jax.lax.optimization_barrier((params, tokens))
+      logits, cache = model_lib.decode(nnx.merge(graphdef, weights), cache, tokens[:, :-1])
+      nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+      layers = jax.lax.with_sharding_constraint(cache.layers, place)
+      return cache_lib.Cache(layers, cache.lengths), nll
+
+    batch, length = tokens.shape[0], tokens.shape[1] - 1
+    cache = cache_lib.Cache(layers, jnp.zeros(batch, jnp.int32))
+    whole, parts = length // chunk, []
+    if whole:
+      each = np.arange(whole)[:, None] * chunk + np.arange(chunk + 1)
+      cache, nll = jax.lax.scan(read, cache, tokens[:, each].swapaxes(0, 1))
+      parts.append(nll.swapaxes(0, 1).reshape(batch, -1))
+    if length % chunk:
+      cache, nll = read(cache, tokens[:, whole * chunk :])
+      parts.append(nll)
+    return jnp.concatenate(parts, axis=1), cache.layers
+
+  return jax.jit(score, donate_argnums=1, out_shardings=(None, place))
+
+
+def loss_by_position(
+  nll: Float[np.ndarray, ' T'], targets: Int[np.ndarray, ' T']
+) -> list[dict[str, Any]]:
+  """The mean of targets that see 1, 2 to 3, 4 to 7, ... tokens, of sums and counts by position."""
+  found = []
+  for power in range(len(nll).bit_length()):
+    seen = slice(2**power - 1, 2 ** (power + 1) - 1)  # a window's first target sees one token
+    count = int(targets[seen].sum())
+    if count:
+      last = min(2 ** (power + 1) - 1, len(nll))
+      loss = float(nll[seen].sum() / count)
+      found.append({'from': 2**power, 'to': last, 'loss': loss, 'targets': count})
+  return found
 
 
 def bootstrap_perplexity(

@@ -8,7 +8,7 @@ XLA's own count of it is cost.train_peak_bytes.
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,9 @@ SIZES = {
 }
 ALIKE = 0.9  # shares of the need that count as the same
 UNKNOWN = 10**30  # bytes there are, where nothing says how many
+# Of a device's memory, what the needs may take where mesh.fsdp=0 chooses: they are the least, and
+# the activations that they don't count take as much again or more.
+SHARE = 0.5
 
 
 class Need(NamedTuple):
@@ -47,6 +50,50 @@ class Need(NamedTuple):
   axes: tuple[str, ...]  # the letters of their sizes
   shape: tuple[int, ...]
   nbytes: int  # on one device
+
+
+def training_mesh(
+  config: ConfigDict, devices: Sequence[jax.Device] | None = None, there: int | None = None
+) -> Mesh:
+  """The mesh that config.mesh asks for, mesh.fsdp=0 resolved by training's needs.
+
+  Over `devices` of `there` bytes each; those of this machine if not given.
+  """
+  return _mesh(config.mesh.to_dict(), lambda m: training_needs(config, m), devices, there)
+
+
+def reading_mesh(config: ConfigDict, cache_dtype: str, *, batch: int, chunk: int) -> Mesh:
+  """The mesh on which `batch` windows are read through their cache, whatever trained the weights:
+  weights are whole on each device if that leaves room."""
+  sizes = {'data': -1, 'fsdp': 0, 'tensor': 1}
+  return _mesh(sizes, lambda m: reading_needs(config, cache_dtype, m, batch, chunk))
+
+
+def _mesh(
+  sizes: dict[str, int],
+  needs: Callable[[Mesh], list[Need]],
+  devices: Sequence[jax.Device] | None = None,
+  there: int | None = None,
+) -> Mesh:
+  """sharding.make_mesh. fsdp=0 is 1, but beside data=-1 the fewest devices, of those that divide
+  what is left, at which the needs take at most SHARE of a device's memory; all of them where none
+  are enough. On CPUs, which share their memory, and where nothing says how much there is, it is 1.
+  """
+  mesh = sharding.make_mesh({**sizes, 'fsdp': sizes['fsdp'] or 1}, devices)
+  if sizes['fsdp'] or sizes['data'] != -1 or _is_cpu(mesh):
+    return mesh
+  room = SHARE * (there or _limit(mesh))
+  for fsdp in range(1, mesh.size + 1):
+    if mesh.shape['data'] * mesh.shape['fsdp'] % fsdp == 0:
+      mesh = sharding.make_mesh({**sizes, 'fsdp': fsdp}, devices)
+      if sum(need.nbytes for need in needs(mesh)) <= room:
+        break
+  return mesh
+
+
+def _limit(mesh: Mesh) -> int:
+  """Bytes of memory that a program may have on each of an accelerator's devices."""
+  return (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit', UNKNOWN)
 
 
 def check_training(config: ConfigDict, mesh: Mesh) -> None:
@@ -95,9 +142,12 @@ def training_needs(config: ConfigDict, mesh: Mesh) -> list[Need]:
 def reading_needs(
   config: ConfigDict, cache_dtype: str, mesh: Mesh, batch: int, chunk: int
 ) -> list[Need]:
-  """Of evaluation: the weights, whole on every device, the cache, and a chunk's logits."""
+  """Of evaluation: the weights, the cache, and a chunk's logits."""
   model = _abstract_model(config)
-  needs = [Need('parameters', axes, shape, 4 * math.prod(shape)) for axes, shape in _weights(model)]
+  needs = []
+  for axes, shape in _weights(model):
+    part = NamedSharding(mesh, sharding.weight_spec(axes, shape, mesh)).shard_shape(shape)
+    needs.append(Need('parameters', axes, shape, 4 * math.prod(part)))
   rows, T, vocab = batch // mesh.size, config.seq_len, vocabulary(config)
   itemsize = jax.numpy.dtype(cache_dtype).itemsize
   for stored in model.blocks.attention.cache_shapes().values():
@@ -134,8 +184,7 @@ def _check(doing: str, needs: list[Need], config: ConfigDict, mesh: Mesh) -> Non
   if _is_cpu(mesh):  # its devices share the memory
     wanted, there, where = on_a_device * len(mesh.local_devices), available(), 'memory'
   else:
-    stats = mesh.local_devices[0].memory_stats() or {}
-    wanted, there = on_a_device, stats.get('bytes_limit', UNKNOWN)
+    wanted, there = on_a_device, _limit(mesh)
     where = 'memory on each device'
   if wanted <= there:
     return
@@ -182,7 +231,7 @@ def _weights(model: model_lib.Decoder) -> Iterator[tuple[tuple[str, ...], tuple[
 
 
 def _is_cpu(mesh: Mesh) -> bool:
-  return mesh.local_devices[0].platform == 'cpu'
+  return mesh.devices.flat[0].platform == 'cpu'
 
 
 def _gib(nbytes: int) -> str:

@@ -65,6 +65,7 @@ class Block(nnx.Module):
     self, x: Float[Array, 'B T D'], layer: dict, positions: Int[Array, 'B T']
   ) -> tuple[Float[Array, 'B T D'], dict]:
     """The newest tokens: written to the cache first, so that they too are seen as it keeps them."""
+    x = constrain(x, 'B', 'T', 'D_whole')
     h = self.attention_norm(x)
     entries = self.attention.compress(h, positions)
     layer = append(layer, entries, positions[:, 0], impl=self.attention.impl)

@@ -165,6 +165,11 @@ def put_batch(rows: np.ndarray, mesh: Mesh) -> jax.Array:
   return jax.make_array_from_process_local_data(rows_sharding(mesh), rows)
 
 
+def everywhere(mesh: Mesh) -> NamedSharding:
+  """Of an array that every device has."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
 def rows_sharding(mesh: Mesh) -> NamedSharding:
   """Of an array whose first axis is the batch."""
   return NamedSharding(mesh, PartitionSpec(RULES['B']))

@@ -170,7 +170,11 @@ def run_trial(
 def _score(trial: Trial, workdir: Path) -> dict[str, Any]:
   """The line of a trial that is trained, without its speed."""
   figures, nll = score_run(workdir, CACHE_DTYPE, max_tokens=trial.config.data.eval_tokens)
-  del figures['workdir'], figures['perplexity_ci95']  # the report's interval is over seeds
+  # The report's interval is over seeds, and which devices a trial met is no result.
+  for (
+    name
+  ) in 'workdir perplexity_ci95 loss_by_position kv_cache_bytes_per_token_per_device'.split():
+    del figures[name]
   loss = float(nll.sum()) / figures['tokens_evaluated']
   if not math.isfinite(loss):
     raise Diverged(f'read through a {CACHE_DTYPE} cache its loss is not finite')

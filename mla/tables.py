@@ -11,12 +11,15 @@ CONTEXT = 8192  # tokens of a conversation, for users per GiB
 def compare(runs: Sequence[Mapping[str, Any]]) -> str:
   """eval.py's table: a line a run, by cache bytes; and what the bytes mean."""
   heads = (
-    'run', 'attention', 'latent', 'params', 'step', 'cache', 'bytes/token', 'perplexity', '95 %',
-    'bits/byte', 'tokens/GiB', 'users/GiB at 8k',
+    'run', 'attention', 'latent', 'params', 'step', 'cache', 'bytes/token', 'on each device',
+    'perplexity', '95 %', 'bits/byte', 'tokens/GiB', 'users/GiB at 8k',
   )  # fmt: skip
-  rows = []
+  rows: list[tuple[str, ...]] = []
+  shared = False  # by devices
   for run in sorted(runs, key=lambda run: run['kv_cache_bytes_per_token']):
     size = run['kv_cache_bytes_per_token']
+    on_a_device = run.get('kv_cache_bytes_per_token_per_device', size)
+    shared = shared or on_a_device < size
     interval = run['perplexity_ci95']
     rows.append((
       Path(run['workdir']).name,
@@ -26,13 +29,18 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> str:
       str(run['step']),
       run['cache_dtype'],
       f'{size:,.0f}',
+      f'{on_a_device:,.1f}',
       f'{run["perplexity"]:.4f}',
       f'{interval[0]:.4f} to {interval[1]:.4f}' if interval else '-',
       f'{run["bits_per_byte"]:.4f}',
       f'{GIB / size:,.0f}',
       f'{GIB / size / CONTEXT:,.1f}',
     ))  # fmt: skip
-  return columns([heads, *rows], words={0, 1, 5})
+  table = [heads, *rows]
+  if not shared:
+    place = heads.index('on each device')
+    table = [(*row[:place], *row[place + 1 :]) for row in table]
+  return columns(table, words={0, 1, 5})
 
 
 def columns(rows: Sequence[Sequence[str]], words: set[int]) -> str:

@@ -85,7 +85,7 @@ def _train(
   stop = StopSignal()  # from here on, so that none is lost
   until_the_end.callback(stop.restore)
   # What the run is.
-  mesh = sharding.make_mesh(config.mesh.to_dict())
+  mesh = memory.training_mesh(config)
   sharding.check_batch(config, mesh)
   backends.check(config.attention_impl, mesh)
   memory.check_training(config, mesh)
@@ -323,8 +323,16 @@ def describe(config: ConfigDict, model: model_lib.Decoder, data: Data, mesh, sta
   origin = f'from step {start}' if start else 'from scratch'
   whole = sharding.whole_weights(nnx.state(model, nnx.Param), mesh)
   named = ', '.join(f'{name} {nbytes:,} bytes' for name, nbytes in whole.items())
+  sharing = mesh.shape['fsdp'] if config.mesh.fsdp == 0 else 1
   return (
-    (f'whole on every device, as mesh.fsdp divides none of their axes: {named}\n' if whole else '')
+    (
+      f'mesh.fsdp=0: {sharing} devices share weights and optimiser, too large for one of them\n'
+      if sharing > 1
+      else ''
+    )
+    + (
+      f'whole on every device, as mesh.fsdp divides none of their axes: {named}\n' if whole else ''
+    )
     + f'{config.attention}: {total:,} parameters, {body:,} without embeddings; '
     f'{cache.bytes_per_token():,.0f} bytes of KV cache a token in bfloat16\n'
     f'{len(data.train.tokens):,} training tokens; {config.num_steps} steps of '

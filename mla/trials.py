@@ -299,7 +299,7 @@ def check(trials: Sequence[Trial], folder: Path, *, on_these_devices: bool = Tru
       check_workdir(trial.config, folder / 'trials' / trial.name)
       if trial.arm not in models:
         if on_these_devices:
-          mesh = sharding.make_mesh(trial.config.mesh.to_dict())
+          mesh = memory.training_mesh(trial.config)
           backends.check(trial.config.attention_impl, mesh)
           memory.check_training(trial.config, mesh)
         source = json.dumps(trial.config.data.to_dict(), sort_keys=True)
@@ -322,5 +322,5 @@ def _check_arm(config: ConfigDict, data: Data, on_these_devices: bool) -> Any:
   train_batches(data.train, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
   eval_windows(data.validation, seq_len=config.seq_len, max_tokens=config.data.eval_tokens)
   if on_these_devices:
-    sharding.check_batch(config, sharding.make_mesh(config.mesh.to_dict()))
+    sharding.check_batch(config, memory.training_mesh(config))
   return nnx.split(model)

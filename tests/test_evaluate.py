@@ -4,6 +4,7 @@ import fcntl
 import functools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -14,14 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import mesh_of, tiny_config
 from flax import nnx
 
+from mla import cache as cache_lib
 from mla import evaluate, plots, sharding, tables
 from mla.backends import cpu
 from mla.data.pipeline import eval_windows, load_data
 from mla.errors import UserError
-from mla.model import allocate_cache, forward
+from mla.model import allocate_cache, forward, make_model
 from mla.train import train_and_evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -106,11 +108,11 @@ def test_the_chunk_size_changes_nothing(trained, chunk):
   mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1})
   model, _ = evaluate.load_model(trained('mla'), config, 257, data.digest, mesh)
   windows = eval_windows(data.validation, seq_len=config.seq_len, max_tokens=512)
-  nll, bytes_per_token = evaluate.nll_through_cache(model, windows, 'float32', mesh, chunk=chunk)
-  expected, _ = evaluate.nll_through_cache(model, windows, 'float32', mesh, chunk=16)
-  np.testing.assert_allclose(nll, expected, rtol=1e-5)
+  read = evaluate.read_through_cache(model, windows, 'float32', mesh, chunk=chunk)
+  expected = evaluate.read_through_cache(model, windows, 'float32', mesh, chunk=16)
+  np.testing.assert_allclose(read.by_window, expected.by_window, rtol=1e-5)
   cache = allocate_cache(model, batch=2, slots=7, dtype='float32')
-  assert bytes_per_token == cache.bytes_per_token() == (14 + 4) * 4
+  assert read.bytes_per_token == cache.bytes_per_token() == (14 + 4) * 4
 
 
 def test_every_key_and_value_is_seen_through_the_cache(trained, monkeypatch):
@@ -132,8 +134,9 @@ def test_every_key_and_value_is_seen_through_the_cache(trained, monkeypatch):
   blind = nnx.clone(model)  # attention adds nothing
   blind.blocks.attention.w_o[...] = jnp.zeros_like(blind.blocks.attention.w_o[...])
   windows = eval_windows(data.validation, seq_len=config.seq_len, max_tokens=512)
-  without, _ = evaluate.nll_through_cache(model, windows, 'float32', mesh)
-  no_context, _ = evaluate.nll_through_cache(blind, windows, 'float32', mesh)
+  without, no_context = (
+    evaluate.read_through_cache(m, windows, 'float32', mesh).by_window for m in (model, blind)
+  )
   np.testing.assert_allclose(without, no_context, rtol=1e-5)
   assert np.exp(no_context.sum() / windows.mask.sum()) > honest * 1.01
 
@@ -189,7 +192,8 @@ def test_the_command_line(trained, tmp_path):
   runs = json.loads(out.read_text())['runs']
   keys = (
     'workdir attention latent_dim params_total params_non_embedding step cache_dtype '
-    'kv_cache_bytes_per_token perplexity perplexity_ci95 bits_per_byte tokens_evaluated'
+    'kv_cache_bytes_per_token kv_cache_bytes_per_token_per_device perplexity perplexity_ci95 '
+    'bits_per_byte tokens_evaluated loss_by_position'
   )
   assert [list(run) for run in runs] == [keys.split()] * 2
   assert [(run['attention'], run['latent_dim']) for run in runs] == [('mla', 14), ('mha', None)]
@@ -198,6 +202,76 @@ def test_the_command_line(trained, tmp_path):
   assert 'users/GiB at 8k' in done.stdout
   assert [line.split()[0] for line in lines[-2:]] == ['mla', 'mha']  # sorted by bytes
   assert picture.read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('arm', ['gqa', 'mla'])
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_on_any_mesh_the_reading_is_that_of_one_device(trained, arm, sizes):
+  """Eight windows or more: the cache's rows are split. Fewer than devices: its slots are."""
+  config = evaluate.read_config(trained(arm))
+  data = load_data(config)
+  for tokens, rows in ((512, 32), (32, 1)):
+    windows = eval_windows(data.validation, seq_len=config.seq_len, max_tokens=tokens)
+    read = []
+    for mesh in (mesh_of((1, 1, 1)), mesh_of(sizes)):
+      model, _ = evaluate.load_model(trained(arm), config, 257, data.digest, mesh)
+      read.append(evaluate.read_through_cache(model, windows, 'int8', mesh))
+    one, many = read
+    np.testing.assert_allclose(many.by_window, one.by_window, rtol=1e-5)
+    np.testing.assert_allclose(many.by_position, one.by_position, rtol=1e-5)
+    assert one.bytes_per_token_per_device == one.bytes_per_token == many.bytes_per_token
+    # A latent has no heads for the tensor axis: it is whole along that.
+    parts = 8 if arm == 'gqa' or sizes[2] == 1 else 4
+    assert many.bytes_per_token_per_device == many.bytes_per_token / parts, rows
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1)])
+def test_no_cache_is_gathered_and_weights_only_layer_by_layer(sizes):
+  """One window on eight devices, by slots; eight on eight that share weights, by rows."""
+  config = tiny_config('mla', seq_len=128, attention_impl='blockwise')
+  mesh, batch = mesh_of(sizes), 1 if sizes[0] == 8 else 8
+  model = nnx.eval_shape(lambda: make_model(config, 264))
+  graphdef, params = nnx.split(model)
+  layers = jax.eval_shape(
+    lambda: allocate_cache(model, batch=batch, slots=128, dtype='float32').layers
+  )
+  place = cache_lib.shardings(layers, batch, mesh)
+  rows = sharding.everywhere(mesh) if batch == 1 else sharding.rows_sharding(mesh)
+  given = (
+    sharding.placed(params, sharding.shardings(params, mesh)),
+    sharding.placed(layers, place),
+    jax.ShapeDtypeStruct((batch, 129), jnp.int32, sharding=rows),
+  )
+  with jax.set_mesh(mesh):
+    program = evaluate.make_score(graphdef, mesh, place, 64).lower(*given).compile().as_text()
+  entry = program[program.index('\nENTRY') :]
+  gathered = re.findall(r'= \w+\[([\d,]*)\]\S* all-gather', program)
+  assert not any('128' in shape.split(',') for shape in gathered), gathered
+  if sizes == (1, 8, 1):
+    assert '24,32' in gathered and 'all-gather' not in entry  # within the loop
+  else:
+    assert not gathered and 'all-reduce' in program  # of the softmax and of its values
+
+
+def test_losses_by_position_are_those_of_the_reading_by_hand(trained):
+  """And those of early tokens, which see little, are the highest."""
+  nll, cuts, _ = read_by_hand(trained('mla'))
+  run = evaluate.evaluate_run(trained('mla'), 'float32')
+  seen = np.concatenate([np.arange(1, n + 1) for n in np.diff([*cuts, len(nll)])])
+  buckets = run['loss_by_position']
+  assert [(b['from'], b['to']) for b in buckets] == [
+    (1, 1),
+    (2, 3),
+    (4, 7),
+    (8, 15),
+    (16, 31),
+    (32, 32),
+  ]
+  for bucket in buckets:
+    inside = (seen >= bucket['from']) & (seen <= bucket['to'])
+    assert bucket['targets'] == inside.sum()
+    assert bucket['loss'] == pytest.approx(nll[inside].mean(), rel=1e-4)
+  assert sum(b['targets'] for b in buckets) == run['tokens_evaluated']
 
 
 RUN = {
@@ -218,6 +292,15 @@ def test_the_table_says_what_bytes_mean():
   line = tables.compare([RUN]).splitlines()[-1]
   assert f'{2**30 // 512:,}' in line  # tokens in a GiB
   assert line.split()[-1] == f'{2**30 / 512 / 8192:.1f}'
+
+
+def test_the_table_says_what_a_device_holds_where_devices_share():
+  shared = {**RUN, 'kv_cache_bytes_per_token_per_device': 64.0}
+  alone = {**RUN, 'kv_cache_bytes_per_token_per_device': 512.0}
+  assert ' 64.0 ' in tables.compare([shared, alone]) and ' 512.0 ' in tables.compare(
+    [shared, alone]
+  )
+  assert tables.compare([alone]) == tables.compare([RUN])
 
 
 @pytest.mark.parametrize('interval', [None, [3.0 + 1e-15, 3.0 - 1e-15]])

@@ -42,6 +42,30 @@ def test_a_mesh_divides_the_need():
   assert sum(need.nbytes for need in memory.training_needs(config, mesh)) < whole / 2
 
 
+@pytest.mark.parametrize('fsdp', [1, 2, 4, 8])
+def test_fsdp_0_takes_as_many_devices_as_are_needed(monkeypatch, fsdp):
+  config = tiny_config('mla', mesh__fsdp=0)
+  monkeypatch.setattr(memory, '_is_cpu', lambda mesh: False)
+
+  def needed(count: int) -> int:
+    mesh = sharding.make_mesh({'data': -1, 'fsdp': count, 'tensor': 1})
+    return sum(need.nbytes for need in memory.training_needs(config, mesh))
+
+  assert needed(1) > needed(2) > needed(4) > needed(8)
+  chosen = memory.training_mesh(config, there=2 * needed(fsdp))
+  assert dict(chosen.shape) == {'data': 8 // fsdp, 'fsdp': fsdp, 'tensor': 1}
+  assert memory.training_mesh(config, there=1).shape['fsdp'] == 8  # where no number is enough
+  config.mesh = {'data': -1, 'fsdp': 0, 'tensor': 2}
+  assert memory.training_mesh(config, there=1).shape['fsdp'] == 4
+  for data, asked in ((-1, 1), (2, 4), (8, 0)):  # one that is said is left as it is
+    config.mesh = {'data': data, 'fsdp': asked, 'tensor': 1}
+    assert memory.training_mesh(config, there=1).shape['fsdp'] == (asked or 1)
+
+
+def test_devices_that_share_their_memory_gain_nothing_by_fsdp():
+  assert memory.training_mesh(tiny_config('mla'), there=1).shape['fsdp'] == 1
+
+
 def test_nothing_is_allocated_and_a_hundred_thousand_layers_take_no_time():
   config = tiny_config('mla', num_layers=100_000, ffn_dim=10**7)
   with pytest.raises(UserError, match='GiB of memory .* lower (ffn_dim|num_layers)'):

@@ -4,6 +4,7 @@ What the functions take and give is said, and checked, in backends/__init__.py.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from mla.cache import Stored
 from mla.remat import ATTENTION
+from mla.sharding import rule
 
 # Tokens a block. Small blocks waste less of the diagonal's masked half and stay in a core's cache,
 # large ones make fewer and better matmuls. Measured on CPU: docs/log.md.
@@ -173,8 +175,13 @@ def append(
   """`into` with each row's new slots, along `axis`, from starts[b] on.
 
   A row that they would run over the end of stays as it was: a scatter drops what a
-  dynamic_update_slice would shift to where it fits, over older tokens.
+  dynamic_update_slice would shift to where it fits, over older tokens. On a mesh that doesn't split
+  the rows, the slots may be (mla/cache.py), and XLA would gather all of them for a scatter.
   """
+  mesh = jax.sharding.get_abstract_mesh()
+  devices = 1 if mesh.empty else math.prod(mesh.shape[name] for name in rule('B', mesh))
+  if len(into) % devices:
+    return _append_anywhere(into, new, starts, axis)
 
   def row(into: Array, new: Array, start: Array) -> Array:
     where = jax.lax.ScatterDimensionNumbers(
@@ -193,6 +200,17 @@ def append(
     )
 
   return jax.vmap(row)(into, new, starts)
+
+
+def _append_anywhere(into, new, starts, axis):
+  """append in which each slot is written on its own, with the new token that is its, or none."""
+  length, size = new.shape[axis], into.shape[axis]
+  index = jnp.arange(size, dtype=jnp.int32)[None] - starts[:, None]  # [B, slots], into new
+  fits = (starts >= 0) & (starts <= size - length)
+  written = fits[:, None] & (index >= 0) & (index < length)
+  shape = tuple(n if i in (0, axis) else 1 for i, n in enumerate(into.shape))
+  chosen = jnp.take_along_axis(new, jnp.clip(index, 0, length - 1).reshape(shape), axis)
+  return jnp.where(written.reshape(shape), chosen, into)
 
 
 def rms_norm(

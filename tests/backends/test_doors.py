@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import mesh_of, tiny_config
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
@@ -152,6 +152,17 @@ def test_a_row_without_room_keeps_what_it_has_and_the_others_are_written(impl, d
     assert not np.array_equal(now[1], before[1])
   with pytest.raises(ValueError, match='6 tokens do not fit in a cache of 5 slots'):
     append(full, draw(2, 6, 2, 8), jnp.zeros(2, jnp.int32))
+
+
+def test_slots_that_may_be_split_are_written_alike():
+  """Two rows on eight devices; runs that end a row, would overrun it, and have no place in it."""
+  into, new = draw(2, 2, 9, 8), draw(2, 2, 3, 8)
+  for starts in ([0, 6], [7, 4], [-1, 2], [9, 5]):
+    starts = jnp.array(starts, jnp.int32)
+    expected = backends.blockwise.append(into, new, starts, 2)
+    with jax.set_mesh(mesh_of((8, 1, 1))):
+      found = jax.jit(backends.blockwise.append, static_argnums=3)(into, new, starts, 2)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize('impl', IMPLS)

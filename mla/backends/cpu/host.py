@@ -28,7 +28,7 @@ def use_devices(rows: int, cores: int, mesh: Mapping[str, int], threaded: bool) 
   if 'JAX_NUM_CPU_DEVICES' in os.environ or DEVICE_COUNT in os.environ.get('XLA_FLAGS', ''):
     return
   devices = 1 if threaded else max(n for n in range(1, cores + 1) if rows % n == 0)
-  asked = math.prod(size for size in mesh.values() if size != -1)
+  asked = math.prod(size for size in mesh.values() if size > 0)
   jax.config.update('jax_num_cpu_devices', asked if 1 < asked <= cores else devices)
 
 
