@@ -1,10 +1,10 @@
-# make install | train | test | test-interop | test-sweep | test-fuzz | test-variant | test-aot | bench. Each sets up what it needs; PYTHON=... chooses the interpreter, VENV=... the folder.
+# make install | train | test | test-interop | test-sweep | test-fuzz | test-variant | test-aot | test-html | bench. Each sets up what it needs; PYTHON=... chooses the interpreter, VENV=... the folder.
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 BIN = $(VENV)/bin
 
-.PHONY: install train test test-interop test-sweep test-fuzz test-variant test-aot bench
+.PHONY: install train test test-interop test-sweep test-fuzz test-variant test-aot test-html bench
 
 install: $(VENV)/.installed
 
@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  [ -n "$$python" ] || { echo 'No Python 3.11 or later found; name one with make PYTHON=...' >&2; exit 2; }; \
 	  "$$python" -m venv --clear $(VENV); }
 	@echo 'installing the dependencies into $(VENV), about a minute'
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test,report]'
 	@touch $@
 
 train: install
@@ -27,7 +27,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --ignore=tests/test_ray_engine.py --ignore=tests/test_fuzz.py --ignore=tests/test_add_a_variant.py --ignore=tests/aot
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --ignore=tests/test_ray_engine.py --ignore=tests/test_fuzz.py --ignore=tests/test_add_a_variant.py --ignore=tests/aot --ignore=tests/html
 
 # The peers: transformers on torch. On Linux plain torch brings CUDA along; install a CPU build first to avoid that.
 $(VENV)/.installed-bench: $(VENV)/.installed
@@ -61,6 +61,19 @@ $(VENV)-aot/.installed-aot: pyproject.toml constraints.txt
 
 test-aot: $(VENV)-aot/.installed-aot
 	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest tests/aot
+
+$(VENV)/.installed-html: $(VENV)/.installed
+	@echo 'installing what drives a browser into $(VENV)'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test,report,html]'
+	@touch $@
+
+# report.html in a Chromium, which root gets where apt-get is.
+test-html: $(VENV)/.installed-html
+	@{ command -v chromium && command -v chromedriver; } >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo 'installing Chromium' && \
+	  apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium chromium-driver >/dev/null; \
+	} || { echo 'test-html: needs chromium and chromedriver (Debian: chromium, chromium-driver)' >&2; exit 2; }
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 0 tests/html
 
 test-interop: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest tests/test_interop.py

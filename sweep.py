@@ -13,7 +13,21 @@ import math
 
 from absl import flags
 
-from mla import backends, cli, frontier, looks, paths, ray_engine, report, signals, sweep, trials
+from configs import base
+from mla import (
+  backends,
+  cli,
+  frontier,
+  looks,
+  page,
+  paths,
+  ray_engine,
+  report,
+  signals,
+  sweep,
+  trials,
+)
+from mla import config as config_lib
 from mla.errors import UserError
 
 CONFIG = cli.define_config('--config=configs/mla_small.py')
@@ -75,6 +89,7 @@ def main() -> int:
     print(f'no report: {REFERENCE.value or "every trial"} failed; see {folder / "logs"}')
     return cli.EXIT_FAILED
   print('\n' + report.write(folder, REFERENCE.value, MARGIN.value))
+  print(page.write(folder, config_lib.flatten(base.get_config())))
   return cli.EXIT_FAILED if any(line['status'] == 'failed' for line in lines) else 0
 
 

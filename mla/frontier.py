@@ -77,7 +77,9 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
     folder, {'seeds': seeds, 'trials': len(done), 'reference': base.name}
   )
   level = looks.level(look)
-  spot, verdicts = _sweet_spot(arms, base, margin, level), _on_frontier(arms, level)
+  sizes = {arm.name: arm.size for arm in arms}
+  spot = _sweet_spot(_means(arms), sizes, base.name, margin, level)
+  verdicts = _on_frontier(arms, level)
   equals, pairs = _at_equal_bytes(arms, level)
   steps = _latent_steps(arms, level)
   windows = _window_means(folder, arms)
@@ -172,11 +174,29 @@ def _figures(arm: Arm, folder: Path) -> dict[str, Any]:
   }
 
 
-def _sweet_spot(arms: Sequence[Arm], base: Arm, margin: float, level: float) -> stats.SweetSpot:
-  means, sizes = _means(arms), {arm.name: arm.size for arm in arms}
-  if base.whole:
-    return stats.sweet_spot(means, sizes, base.name, margin, level)
-  smaller = [arm.name for arm in arms if arm.whole and arm.size < base.size]
+def sweet_spot_at(summary: Mapping[str, Any], margin: float) -> dict[str, Any]:
+  """The sweet spot that summarise would have found with another margin; for no other look."""
+  arms = summary['arms']
+  whole = {
+    arm['arm']: stats.estimate(list(arm['losses'].values()))
+    for arm in arms
+    if not arm['failed_seeds']
+  }
+  sizes = {arm['arm']: arm['kv_cache_bytes_per_token'] for arm in arms}
+  return _sweet_spot(whole, sizes, summary['reference'], margin, summary['look_level'])._asdict()
+
+
+def _sweet_spot(
+  whole: Mapping[str, stats.Estimate],
+  sizes: Mapping[str, float],
+  reference: str,
+  margin: float,
+  level: float,
+) -> stats.SweetSpot:
+  """Of the arms without failures, `whole`; `sizes` has the reference's too, whole or not."""
+  if reference in whole:
+    return stats.sweet_spot(whole, sizes, reference, margin, level)
+  smaller = [arm for arm in whole if sizes[arm] < sizes[reference]]
   return stats.SweetSpot(None, tuple(smaller), dict.fromkeys(smaller), level)
 
 

@@ -20,7 +20,7 @@ BELOW = 320
 
 RUN = {'config.json', 'metrics.jsonl', 'checkpoints', 'checkpoints-damaged', 'tensorboard'}
 SWEEP = {'results.jsonl', 'windows.npz', 'frontier.json', 'frontier.png', 'report.md', '.lock'}
-SWEEP |= {'looks.json', 'trials', 'logs', 'costs', 'ray', 'starts'}
+SWEEP |= {'report.html', 'looks.json', 'trials', 'logs', 'costs', 'ray', 'starts'}
 PICTURES = {'.png': (b'\x89PNG',), '.pdf': (b'%PDF',), '.svg': (b'<?xml', b'<svg')}
 
 

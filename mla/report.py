@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mla import files, frontier, looks, plots
-from mla.tables import CONTEXT, GIB, MIB, columns, markdown
+from mla.tables import CONTEXT, GIB, MIB, Table, columns, markdown
 
 
 def write(folder: Path, reference: str = '', margin: float = frontier.MARGIN) -> str:
@@ -34,44 +34,55 @@ def frontier_table(summary: Mapping[str, Any]) -> str:
 
 def written(summary: Mapping[str, Any]) -> str:
   """report.md."""
+  first, *others = tables(summary)
   parts = [
     '# Sweep report',
-    f'Loss is in nats a token, read through a {summary["cache_dtype"]} cache on '
-    f'{summary["tokens_evaluated"]:,} validation targets, the same for every trial unless a '
-    'warning says otherwise. *d* is the difference from the reference '
-    f'`{summary["reference"]}`.',
+    about(summary),
     verdict(summary),
     '\n'.join(f'- {warning}' for warning in warnings(summary)),
     '![frontier](frontier.png)',
-    '## The frontier',
-    'On it: no arm of as few bytes has a lower loss. *yes*: better than each of them; *no*: worse '
-    'than some; *uncertain*: the data cannot tell. The verdicts hold with 95 % confidence, '
-    'simultaneously. The smallest arm has no rival.',
-    markdown(*_frontier_rows(summary)),
+    *_section(first),
     _starred(summary),
     '*+/-* is the arm by itself, *d* the pair by itself, both two-sided. *d at most* is one-sided, '
     'and the whole column holds with 95 % confidence. *text* is 1.96 standard errors of *d* over '
     'evaluation windows: what another text would move, which more seeds do not lessen.',
     '## How it is judged',
     *_rules(summary),
-    '## At equal bytes',
-    _equal_bytes(summary),
-    '## latent_dim as the knob',
-    _latents(summary),
-    '## Training compute',
-    "FLOPs a token: XLA's count of the compiled training step (mla/cost.py), attention as a whole "
-    'square. Tokens a second: median of the log lines, on whatever machine the sweep ran, beside '
-    'whatever else it ran; for a speed ratio measured side by side see bench/.',
-    _compute(summary),
-    '## Training memory',
-    'Peak: arguments and working memory of the compiled step. Activations: what the forward pass '
-    'keeps for the backward pass. With `remat=latents` only what the cache would keep is kept.',
-    _training_memory(summary),
-    '## Inference memory',
-    f'Bytes of a {summary["cache_dtype"]} cache; users are conversations of {CONTEXT:,} tokens.',
-    _inference_memory(summary),
+    *(part for table in others for part in _section(table)),
   ]
   return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def _section(table: Table) -> list[str]:
+  return [f'## {table.title}', table.note, markdown(table.heads, table.rows) if table.rows else '']
+
+
+def about(summary: Mapping[str, Any]) -> str:
+  """What the losses of a report are of."""
+  return (
+    f'Loss is in nats a token, read through a {summary["cache_dtype"]} cache on '
+    f'{summary["tokens_evaluated"]:,} validation targets, the same for every trial unless a '
+    'warning says otherwise. *d* is the difference from the reference '
+    f'`{summary["reference"]}`.'
+  )
+
+
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+  """The report's tables, the frontier first; one without rows says why in its note."""
+  return [
+    Table(
+      'The frontier',
+      'On it: no arm of as few bytes has a lower loss. *yes*: better than each of them; *no*: '
+      'worse than some; *uncertain*: the data cannot tell. The verdicts hold with 95 % '
+      'confidence, simultaneously. The smallest arm has no rival.',
+      *_frontier_rows(summary),
+    ),
+    _equal_bytes(summary),
+    _latents(summary),
+    _compute(summary),
+    _training_memory(summary),
+    _inference_memory(summary),
+  ]
 
 
 def _rules(summary: Mapping[str, Any]) -> list[str]:
@@ -101,7 +112,9 @@ def _rules(summary: Mapping[str, Any]) -> list[str]:
     f'err with {summary["look_level"]:.4g}, so that all looks together err with at most '
     f'{looks.TOTAL} (mla/looks.py). What is called simultaneous shares that in equal parts '
     '(Bonferroni): the bounds against the reference, the verdicts on the frontier, the pairs of '
-    'equal bytes, and the steps of the latent, each of the four by itself.'
+    'equal bytes, and the steps of the latent, each of the four by itself. Only reports count as '
+    'looks: who has seen losses elsewhere (logs, TensorBoard, results.jsonl, a copy) and then '
+    'decided which arms to keep or when to stop has looked too, and no figure here allows for it.'
   )
   return found
 
@@ -182,7 +195,10 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
       found.append(f'{name}: what its training costs is not known ({arm["costs_unknown"]})')
   two = [arm['arm'] for arm in summary['arms'] if arm['seeds'] == 2]
   if two:
-    found.append(f'an interval over two seeds says little: {", ".join(two)}')
+    found.append(
+      'an interval over two seeds rests on a single difference, and is wide or narrow by chance: '
+      + ', '.join(two)
+    )
   for name, values in summary['unlike_settings'].items():
     told = ', '.join(map(str, values))
     found.append(f'{name} differs between trials that no arm sets it for: {told}')
@@ -265,7 +281,7 @@ def _frontier_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str
   return heads, rows
 
 
-def _equal_bytes(summary: Mapping[str, Any]) -> str:
+def _equal_bytes(summary: Mapping[str, Any]) -> Table:
   """Arms of the same bytes beside each other, the best first: fewer heads, or a latent?"""
   rows = []
   for size in sorted({arm['kv_cache_bytes_per_token'] for arm in summary['arms']}):
@@ -279,17 +295,15 @@ def _equal_bytes(summary: Mapping[str, Any]) -> str:
         _number(arm['half_width']),
         _interval(arm['difference_at_equal_bytes'], 'ci95_simultaneous'),
       ])  # fmt: skip
-  if not rows:
-    return 'No two arms have the same bytes.'
   pairs = summary['pairs_at_equal_bytes']
   heads = ['bytes/token', 'arm', 'loss', '+/- (95 %, two-sided)', _simultaneous('the best', pairs)]
-  return markdown(heads, rows)
+  return Table('At equal bytes', '' if rows else 'No two arms have the same bytes.', heads, rows)
 
 
-def _latents(summary: Mapping[str, Any]) -> str:
+def _latents(summary: Mapping[str, Any]) -> Table:
   arms = [arm for arm in summary['arms'] if arm['latent_dim']]
   if len(arms) < 2:
-    return 'Fewer than two latents in this sweep.'
+    return Table('latent_dim as the knob', 'Fewer than two latents in this sweep.', [], [])
   arms = sorted(  # those that failed last: no difference is taken to them
     arms,
     key=lambda a: (bool(a['failed_seeds']), a['latent_dim'], a['kv_cache_bytes_per_token']),
@@ -306,14 +320,15 @@ def _latents(summary: Mapping[str, Any]) -> str:
     for arm in arms
   ]
   to = _simultaneous('the row above', summary['latent_steps'])
-  return markdown(['latent_dim', 'arm', 'bytes/token', 'loss', '+/- (95 %, two-sided)', to], rows)
+  heads = ['latent_dim', 'arm', 'bytes/token', 'loss', '+/- (95 %, two-sided)', to]
+  return Table('latent_dim as the knob', '', heads, rows)
 
 
 def _simultaneous(other: str, pairs: int) -> str:
   return f'difference to {other} (95 %, two-sided, simultaneous over {pairs} pairs)'
 
 
-def _compute(summary: Mapping[str, Any]) -> str:
+def _compute(summary: Mapping[str, Any]) -> Table:
   reference = next(arm for arm in summary['arms'] if arm['arm'] == summary['reference'])
   base = reference['flops_per_token']
   rows = []
@@ -326,11 +341,24 @@ def _compute(summary: Mapping[str, Any]) -> str:
       _number(flops / base if flops and base else None, '.3f'),
       _number(arm['tokens_per_second'], ',.0f'),
     ])  # fmt: skip
-  heads = ['arm', 'params', 'MFLOPs/token', f'of {summary["reference"]}', 'tokens/s']
-  return markdown(heads, rows)
+  heads = [
+    'arm',
+    'non-embedding parameters',
+    'MFLOPs/token',
+    f'of {summary["reference"]}',
+    'tokens/s',
+  ]
+  return Table(
+    'Training compute',
+    "FLOPs a token: XLA's count of the compiled training step (mla/cost.py), attention as a whole "
+    'square. Tokens a second: median of the log lines, on whatever machine the sweep ran, beside '
+    'whatever else it ran; for a speed ratio measured side by side see bench/.',
+    heads,
+    rows,
+  )
 
 
-def _training_memory(summary: Mapping[str, Any]) -> str:
+def _training_memory(summary: Mapping[str, Any]) -> Table:
   rows = []
   for arm in summary['arms']:
     memory = arm['training_memory']
@@ -349,10 +377,20 @@ def _training_memory(summary: Mapping[str, Any]) -> str:
     'peak, MiB',
     'with remat=latents',
   ]
-  return markdown(heads, rows)
+  return Table(
+    'Training memory',
+    'Peak: arguments (weights, optimiser, batch) and working memory of the compiled step. '
+    'Activations: what the forward pass keeps for the backward pass, as JAX writes the program '
+    'down. The compiler then keeps less of it: what two operations need is kept once, what is '
+    'cheap is computed again where it is needed, and what has been used makes room. So the '
+    'activations may be more than the peak, which holds what is left of them and the rest. With '
+    '`remat=latents` only what the cache would keep is kept.',
+    heads,
+    rows,
+  )
 
 
-def _inference_memory(summary: Mapping[str, Any]) -> str:
+def _inference_memory(summary: Mapping[str, Any]) -> Table:
   rows = []
   for arm in summary['arms']:
     size = arm['kv_cache_bytes_per_token']
@@ -366,4 +404,9 @@ def _inference_memory(summary: Mapping[str, Any]) -> str:
       f'{GIB / (size * CONTEXT):,.0f}',
     ])  # fmt: skip
   heads = 'arm, bytes/token, MiB at 1 x 1k, at 1 x 8k, at 32 x 8k, users/GiB'.split(', ')
-  return markdown(heads, rows)
+  return Table(
+    'Inference memory',
+    f'Bytes of a {summary["cache_dtype"]} cache; users are conversations of {CONTEXT:,} tokens.',
+    heads,
+    rows,
+  )

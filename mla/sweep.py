@@ -2,7 +2,7 @@
 
 DIR/trials/NAME/   a trial's workdir, as train.py leaves it; logs/NAME.txt what it printed
 DIR/results.jsonl, windows.npz, costs/   what came out, see mla/results.py
-DIR/frontier.json, frontier.png, report.md; looks.json how often results were looked at
+DIR/frontier.json, frontier.png, report.md, report.html; looks.json how often results were looked at
 DIR/ray/, starts/  what the Ray engine keeps; .lock the lease
 """
 

@@ -2,17 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 GIB, MIB = 2**30, 2**20
 CONTEXT = 8192  # tokens of a conversation, for users per GiB
 
 
+class Table(NamedTuple):
+  title: str
+  note: str  # what must be known to read it
+  heads: Sequence[str]
+  rows: Sequence[Sequence[str]]  # the first cell of each says whose it is
+
+
 def compare(runs: Sequence[Mapping[str, Any]]) -> str:
   """eval.py's table: a line a run, by cache bytes; and what the bytes mean."""
   heads = (
-    'run', 'attention', 'latent', 'params', 'step', 'cache', 'bytes/token', 'on each device',
-    'perplexity', '95 %', 'bits/byte', 'tokens/GiB', 'users/GiB at 8k',
+    'run', 'attention', 'latent', 'non-emb. params', 'step', 'cache', 'bytes/token',
+    'on each device', 'perplexity', '95 %', 'bits/byte', 'tokens/GiB', 'users/GiB at 8k',
   )  # fmt: skip
   rows: list[tuple[str, ...]] = []
   shared = False  # by devices

@@ -206,7 +206,10 @@ def test_one_sided_and_two_sided_say_so(tmp_path):
 def test_an_interval_over_two_seeds_is_warned_of(tmp_path):
   lines = seeds_of('two', 1.2, 1.3, size=4.0) + seeds_of('large', 1.2, 1.21, 1.22)
   summary = frontier.summarise(stored(tmp_path, lines))
-  assert 'an interval over two seeds says little: two' in report.warnings(summary)
+  assert any(
+    'an interval over two seeds' in warning and warning.endswith(': two')
+    for warning in report.warnings(summary)
+  )
 
 
 def test_a_report_needs_no_costs(tmp_path):

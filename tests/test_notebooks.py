@@ -10,40 +10,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_sweep
+from sweeps import made_up_sweep
 
-from mla import report, sweep, trials
+from mla import report
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(ROOT.glob('notebooks/*.ipynb'))
 
 
-LOSSES = {'mha': 1.2, 'mqa': 1.22, 'c8': 1.21, 'c4': 1.3}
-LATENTS = {'c8': 8, 'c4': 4}
-
-
 @pytest.fixture(scope='module')
 def small_sweep(tmp_path_factory) -> Path:
   """Arms of known losses, two of equal bytes, as a sweep leaves them."""
-  folder = tmp_path_factory.mktemp('sweep')
-  results = sweep.Results(folder)
-  for number, (arm, loss) in enumerate(LOSSES.items()):
-    fields = {'rope_dim': 4, 'latent_dim': 4 + number}  # equal configs would be one trial
-    for seed in (0, 1, 2):
-      (trial,) = trials.expand(
-        test_sweep.tiny_config('mla'), {arm: fields}, [trials.parse_axis(f'seed={seed}')]
-      )
-      line = {
-        **test_sweep.fake_line(trial, {arm: trial.learning_rate}),
-        'attention': 'mla' if arm in LATENTS else arm,
-        'latent_dim': LATENTS.get(arm),
-        'loss': loss + 0.001 * seed,
-        'flops_per_token': 7e6,
-        'kv_cache_bytes_per_token': {'mha': 64.0, 'c4': 8.0}.get(arm, 16.0),
-      }
-      if arm == 'c4':  # what training costs is not always known
-        line['flops_per_token'] = line['training_memory'] = None
-      results.add(line)
+  folder = made_up_sweep(tmp_path_factory.mktemp('sweep'))
   report.write(folder)
   return folder
 

@@ -1,0 +1,41 @@
+"""A made-up sweep, as a real one leaves it: for tests of what is made of results."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import test_sweep
+
+from mla import sweep, trials
+
+# {arm: (variant, bytes a token, loss)}; two of equal bytes.
+ARMS = {
+  'mha': ('mha', 64.0, 1.2),
+  'mqa': ('mqa', 16.0, 1.22),
+  'c8': ('mla', 16.0, 1.21),
+  'c4': ('mla', 8.0, 1.3),
+}
+LATENTS = {'c8': 8, 'c4': 4}
+
+
+def made_up_sweep(folder: Path, more: Mapping[str, tuple[str, float, float]] | None = None) -> Path:
+  """Arms of known losses, three seeds each; of the smallest it is not known what training costs."""
+  results = sweep.Results(folder)
+  for number, (arm, (attention, size, loss)) in enumerate({**ARMS, **(more or {})}.items()):
+    fields = {'attention': attention, 'rope_dim': 4, 'latent_dim': 4 + number}
+    fields |= {'num_kv_heads': 2} if attention == 'gqa' else {}
+    for seed in (0, 1, 2):
+      (trial,) = trials.expand(
+        test_sweep.tiny_config('mla'), {arm: fields}, [trials.parse_axis(f'seed={seed}')]
+      )
+      line = {
+        **test_sweep.fake_line(trial, {arm: trial.learning_rate}),
+        'attention': attention,
+        'latent_dim': LATENTS.get(arm),
+        'loss': loss + 0.001 * seed,
+        'flops_per_token': 7e6,
+        'kv_cache_bytes_per_token': size,
+      }
+      if arm == 'c4':  # what training costs is not always known
+        line['flops_per_token'] = line['training_memory'] = None
+      results.add(line)
+  return folder
