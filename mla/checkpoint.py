@@ -29,6 +29,7 @@ from mla import config as config_lib
 from mla.errors import MachineError, UserError, causes, first_line
 from mla.workdir import difference, read_config
 
+IMPORTED = 'imported'  # what stands for the text of a run whose weights came from elsewhere
 SAVED = '.saved'  # a file that says that the run once had a checkpoint
 UNFINISHED = '.orbax-checkpoint-tmp'
 TIMEOUT = 600  # seconds that processes wait for each other's part of a checkpoint
@@ -90,6 +91,8 @@ class Checkpoints:
   def save(self, step: int, params, training, run: dict) -> None:
     """Starts writing; returns once the arrays are copied and may be donated.
 
+    training is None of weights that came from elsewhere: such a run can be read, not gone on with.
+
     Waits for the checkpoint before, and raises MachineError or UserError if it or the start of this
     one could not be written; no whole checkpoint is touched by that.
     """
@@ -110,15 +113,13 @@ class Checkpoints:
         )
         self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
       self._writing = step
-      run = {**run, 'checksums': checksums.NAME}
-      self._writer.save(
-        self._path / str(step),
-        args=ocp.args.Composite(
-          params=ocp.args.StandardSave(flatten(params)),
-          training=ocp.args.StandardSave(flatten(training)),
-          run=ocp.args.JsonSave(run),
-        ),
-      )
+      parts = {
+        'params': ocp.args.StandardSave(flatten(params)),
+        'run': ocp.args.JsonSave({**run, 'checksums': checksums.NAME}),
+      }
+      if training is not None:
+        parts['training'] = ocp.args.StandardSave(flatten(training))
+      self._writer.save(self._path / str(step), args=ocp.args.Composite(**parts))
 
   def check(self) -> None:
     """Raises what went wrong with the checkpoint being written, if that is known by now."""
@@ -278,6 +279,11 @@ class Checkpoints:
     """(step, batches taken) of the newest checkpoint that is not damaged; those that are go."""
     for step in reversed(self.steps()):
       try:
+        if self._run(step)['data'] == IMPORTED:
+          raise UserError(
+            f'--workdir={self._workdir}: holds weights from elsewhere, which nobody can go on '
+            f'training exactly; give another --workdir and --init_from={self._workdir}'
+          )
         self._check_whole(step, ('params', 'training', 'run'))
         saved = self._check_run(step, run)
         return step, int(saved.get('batches', step))
@@ -315,7 +321,7 @@ class Checkpoints:
   def _check_run(self, step: int, run: dict) -> dict:
     """What the checkpoint says of its run; UserError unless that is the run asked for."""
     saved = self._run(step)
-    if saved['data'] != run['data']:
+    if saved['data'] not in (run['data'], IMPORTED):
       raise UserError(
         f'data: {self._workdir} was trained on another text or tokenizer than data.* gives '
         'now; restore what its config.json names there, or use another --workdir'

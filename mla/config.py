@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from mla import rope_scaling
 from mla.attention import VARIANTS
 from mla.errors import UserError, first_line
 
@@ -28,11 +29,12 @@ NOT_NEGATIVE = 'value_head_dim ffn_dim warmup_steps seed'.split()
 OF_VARIANTS = tuple(dict.fromkeys(name for its in VARIANTS.values() for name in its.fields))
 TEXTS = (
   'attention attention_impl dtype remat data.dataset data.text_key data.train_split '
-  'data.validation_split data.data_dir data.files data.validation_files data.tokenizer'
+  'data.validation_split data.data_dir data.files data.validation_files data.tokenizer '
+  'rope_scaling'
 ).split()
 GROUPS = ('data', 'mesh')
 MESH = ('mesh.data', 'mesh.fsdp', 'mesh.tensor')
-FLOATS = ('learning_rate', 'grad_clip', 'weight_decay', 'rope_base', 'embedding_std')
+FLOATS = ('learning_rate', 'grad_clip', 'weight_decay', 'rope_base', 'embedding_std', 'norm_eps')
 LARGEST = 2**31 - 1  # sizes and counts must stay within int32
 
 # Of config.json; raise it with every field that is added, so that an older program refuses what it
@@ -44,6 +46,9 @@ ADDED: dict[str, Any] = {
   'attention_impl': 'auto',
   'data.train_split': 'train',
   'embedding_std': 0.15,
+  'rope_scaling': 'none',
+  'norm_eps': 1e-6,
+  'tie_embeddings': False,
 }
 FIELDS = {*POSITIVE, *NOT_NEGATIVE, *OF_VARIANTS, *TEXTS, *MESH, *FLOATS, *ADDED}
 
@@ -165,7 +170,7 @@ def _check_numbers(config: ConfigDict) -> None:
     finite = not math.isnan(_in_float32(field(config, name)))
     _require(finite, name, config, 'must be a number that is finite in float32')
   small = 'must be positive, and in float32 too (at least 1.2e-38)'
-  for name in ('learning_rate', 'grad_clip', 'embedding_std'):
+  for name in ('learning_rate', 'grad_clip', 'embedding_std', 'norm_eps'):
     _require(_in_float32(config[name]) > 0, name, config, small)
   decay = config.weight_decay
   _require(decay == 0 or _in_float32(decay) > 0, 'weight_decay', config, f'0, or {small}')
@@ -185,6 +190,9 @@ def _check_choices(config: ConfigDict) -> None:
   }
   for name, choices in choices_of.items():
     _require(config[name] in choices, name, config, f'choose one of {", ".join(choices)}')
+  tied = config.tie_embeddings
+  _require(isinstance(tied, bool), 'tie_embeddings', config, 'must be True or False')
+  rope_scaling.parse(config.rope_scaling)
 
 
 def _check_training(config: ConfigDict) -> None:

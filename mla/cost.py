@@ -116,8 +116,10 @@ def flops_parts(config: ConfigDict, vocab: int, total: float) -> dict[str, float
   """
   weights = {'feed-forward': 0, 'projections': 0, 'unembedding': 0}
   where = {'ffn': 'feed-forward', 'attention': 'projections', 'w_out': 'unembedding'}
+  if config.tie_embeddings:
+    where['embedding'] = 'unembedding'
   for path, leaf in nnx.to_flat_state(nnx.state(_abstract_model(_copy(config), vocab))):
-    if str(path[-1]).startswith('w_'):
+    if str(path[-1]).startswith('w_') or path[-1] in where:
       weights[next(where[name] for name in path if name in where)] += leaf.size
   parts = {part: 6.0 * size for part, size in weights.items()}
   return {**parts, 'scores and the rest': total - sum(parts.values())}

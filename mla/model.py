@@ -45,9 +45,9 @@ class FeedForward(nnx.Module):
 
 class Block(nnx.Module):
   def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
-    self.attention_norm = RMSNorm(D=config.d_model)
+    self.attention_norm = RMSNorm(config.norm_eps, D=config.d_model)
     self.attention = make_attention(config, rngs)
-    self.ffn_norm = RMSNorm(D=config.d_model)
+    self.ffn_norm = RMSNorm(config.norm_eps, D=config.d_model)
     self.ffn = FeedForward(config, rngs)
 
   def parallel(
@@ -91,14 +91,19 @@ class Decoder(nnx.Module):
     self.num_layers = config.num_layers
     self.embedding = weight(rngs, fan_in=1, scale=config.embedding_std, vocab=vocab, D=D)
     self.blocks = _stack(config, rngs)
-    self.norm = RMSNorm(D=D)
-    self.w_out = weight(rngs, fan_in=D, D=D, vocab=vocab)
+    self.norm = RMSNorm(config.norm_eps, D=D)
+    if not config.tie_embeddings:
+      self.w_out = weight(rngs, fan_in=D, D=D, vocab=vocab)
 
   def embed(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
     return lookup(self.embedding[...], tokens, self.dtype)
 
   def logits(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T vocab']:
-    return project(self.norm(x), self.w_out).astype(jnp.float32)
+    return project(self.norm(x), self.unembedding()).astype(jnp.float32)
+
+  def unembedding(self) -> Float[Array, 'D vocab']:
+    """What makes logits of the normed states."""
+    return self.w_out[...] if hasattr(self, 'w_out') else self.embedding[...].T
 
   def layers(self) -> Iterator[Block]:
     """The blocks one by one, for decoding: each layer's cache is an array of its own."""
@@ -135,7 +140,7 @@ def forward(model: Decoder, tokens: Int[Array, 'B T']) -> Float[Array, 'B T voca
 
 
 def states(model: Decoder, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
-  """What w_out makes forward's logits of; mla/loss.py does without them."""
+  """What unembedding() makes forward's logits of; mla/loss.py does without them."""
   return model.norm(_parallel(model, tokens)[0])
 
 
@@ -280,7 +285,7 @@ def count_params(model: Decoder) -> tuple[int, int]:
     path: math.prod(leaf.shape) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
   }
   total = sum(sizes.values())
-  return total, total - sizes['embedding',] - sizes['w_out',]
+  return total, total - sizes['embedding',] - sizes.get(('w_out',), 0)
 
 
 FFN_MULTIPLES = (128, 64, 32, 16, 8, 4, 2, 1)

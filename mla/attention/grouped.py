@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from mla.attention.rope import Positions, rope
+from mla.attention.rope import Positions, rope, rotation_of
 from mla.attention.variant import Rule, Variant, even_rope
 from mla.backends import cached_attention, causal_attention
 from mla.cache import Shapes, Stored
@@ -25,7 +25,7 @@ class GroupedAttention(nnx.Module):
     K = _key_heads(config)
     V = config.value_head_dim or N
     self.rotated = config.rope_dim or N
-    self.rope_base = config.rope_base
+    self.rotation = rotation_of(config)
     self.impl = config.attention_impl
     self.shapes = nnx.static({'k': (K, N), 'v': (K, V)})
     self.scale = N**-0.5
@@ -61,9 +61,9 @@ class GroupedAttention(nnx.Module):
 
   def _rotate(self, heads: Array, positions: Positions) -> Array:
     if self.rotated == heads.shape[-1]:
-      return rope(heads, positions, self.rope_base)
+      return rope(heads, positions, self.rotation)
     turned, kept = jnp.split(heads, [self.rotated], axis=-1)
-    return jnp.concatenate([rope(turned, positions, self.rope_base), kept], axis=-1)
+    return jnp.concatenate([rope(turned, positions, self.rotation), kept], axis=-1)
 
 
 def _key_heads(config: ConfigDict) -> int:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from mla.attention.rope import Positions, rope
+from mla.attention.rope import Positions, rope, rotation_of
 from mla.attention.variant import Rule, Variant, even_rope
 from mla.backends import cached_attention, causal_attention
 from mla.cache import Shapes, Stored
@@ -29,11 +29,11 @@ class LatentAttention(nnx.Module):
     D, H, N, R = config.d_model, config.num_heads, config.head_dim, config.rope_dim
     C, Q = config.latent_dim, config.query_latent_dim
     V = config.value_head_dim or N
-    self.rope_base = config.rope_base
+    self.rotation = rotation_of(config)
     self.impl = config.attention_impl
     self.nope_dim = N
     self.shapes = nnx.static({'latent': (C,), 'k_rope': (R,)})
-    self.scale = (N + R) ** -0.5
+    self.scale = (N + R) ** -0.5 * self.rotation.sharpness
     self.w_dkv = weight(rngs, fan_in=D, D=D, C=C)
     # The norm fixes the latent's scale, so that a sweep over C does not sweep that of k and v too.
     self.latent_norm = RMSNorm(C=C)
@@ -54,7 +54,7 @@ class LatentAttention(nnx.Module):
   def compress(self, x: Float[Array, 'B T D'], positions: Positions) -> dict[str, Array]:
     """What the cache keeps of each token: normed latent [B,T,C], turned key [B,T,R] (eq. 9, 15)."""
     latent = self.latent_norm(project(x, self.w_dkv))
-    return {'latent': latent, 'k_rope': rope(project(x, self.w_kr), positions, self.rope_base)}
+    return {'latent': latent, 'k_rope': rope(project(x, self.w_kr), positions, self.rotation)}
 
   def attend(
     self, x: Float[Array, 'B T D'], entries: dict[str, Array], positions: Positions
@@ -89,7 +89,7 @@ class LatentAttention(nnx.Module):
     else:
       q = project(self.query_norm(project(x, self.w_dq)), self.w_uq)
     q_nope, q_rope = jnp.split(q, [self.nope_dim], axis=-1)
-    return q_nope, rope(q_rope, positions, self.rope_base)
+    return q_nope, rope(q_rope, positions, self.rotation)
 
 
 def _one_head(stored: Stored) -> Stored:

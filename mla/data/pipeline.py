@@ -44,8 +44,9 @@ def load_data(config: ConfigDict) -> Data:
       len(validation),
     )
   spec = config.data.tokenizer
-  # Bytes need no folder, so one that cannot be used is no obstacle.
-  folder = Path() if spec == 'bytes' else corpora.data_dir(config.data) / 'mla_tokenizers'
+  # The others need no folder, so one that cannot be used is no obstacle.
+  trained = spec.startswith('bpe:')
+  folder = corpora.data_dir(config.data) / 'mla_tokenizers' if trained else Path()
   tokenizer = make_tokenizer(spec, train, folder)
   parts = (corpora.digest(train), corpora.digest(validation), tokenizer.digest)
   return Data(

@@ -1,4 +1,6 @@
-"""Bytes, or SentencePiece BPE. Both are lossless: decode(encode(text)) is text.
+"""Bytes, SentencePiece BPE, or a tokenizer.json that somebody else trained.
+
+The first two are lossless: decode(encode(text)) is text.
 
 A tokenizer has `vocab_size`; `bos`, which starts every document and stands for no text; `digest`,
 which identifies it; and `byte_lengths` [vocab], the UTF-8 bytes that each token stands for.
@@ -18,6 +20,7 @@ from jaxtyping import Int
 
 from mla import files
 from mla.data import corpora
+from mla.data.hugging_face import HuggingFaceTokenizer
 from mla.errors import MachineError, UserError
 
 SPACE = '\u2581'  # what SentencePiece writes for a space; a text that has it itself is cut there
@@ -69,20 +72,25 @@ class BpeTokenizer:
     return b''.join(self._bytes[int(i)] for i in ids).decode(errors='replace')
 
 
-Tokenizer = ByteTokenizer | BpeTokenizer
+Tokenizer = ByteTokenizer | BpeTokenizer | HuggingFaceTokenizer
 
 
 def make_tokenizer(spec: str, train_documents: Sequence[str], cache_dir: Path) -> Tokenizer:
-  """`bytes`, or `bpe:VOCAB` trained once on train_documents and kept in cache_dir.
+  """`bytes`, `hf:PATH`, or `bpe:VOCAB` trained once on train_documents and kept in cache_dir.
 
   Where nothing can be kept, a warning says so and it is trained at every start, to the same. Raises
   UserError for a bad spec or a text that does not do for it, MachineError if the disk is full.
   """
   if spec == 'bytes':
     return ByteTokenizer()
+  if spec.startswith('hf:'):
+    return HuggingFaceTokenizer(files.local_path('data.tokenizer', spec.removeprefix('hf:')))
   match = re.fullmatch(r'bpe:(\d{1,7})', spec)
   if not match:
-    raise UserError(f'data.tokenizer={spec}: choose bytes, or bpe:VOCAB such as bpe:4096')
+    raise UserError(
+      f'data.tokenizer={spec}: choose bytes, bpe:VOCAB such as bpe:4096, or hf:PATH of a '
+      'tokenizer.json'
+    )
   vocab = int(match[1])
   settings = f'{spec} {sentencepiece.__version__} {corpora.digest(train_documents)}'
   path = cache_dir / f'bpe_{vocab}_{hashlib.sha256(settings.encode()).hexdigest()[:16]}.model'

@@ -1,0 +1,58 @@
+"""Models in and out.
+
+  python convert.py import --hf=DIR|--gguf=FILE --workdir=W     a published model becomes a run
+
+Exit codes: 0 done, 2 a mistake in what was given, with nothing written, 1 the machine failed.
+"""
+
+import sys
+
+from absl import flags
+
+from configs import base
+from mla import cli, paths
+from mla.convert import importing
+from mla.errors import UserError
+
+WORKDIR = flags.DEFINE_string('workdir', None, 'the run')
+HF = flags.DEFINE_string('hf', None, 'import: a folder with config.json and safetensors')
+GGUF = flags.DEFINE_string('gguf', None, 'import: a GGUF file in the layout of Llama')
+
+
+def import_() -> None:
+  if (HF.value is None) == (GGUF.value is None):
+    raise UserError('--hf: give one of --hf=DIR and --gguf=FILE')
+  workdir = _workdir()
+  if HF.value is not None:
+    config = importing.import_folder(paths.folder('hf', HF.value), base.get_config(), workdir)
+  else:
+    source = paths.source('gguf', GGUF.value, 'model.gguf')
+    config = importing.import_gguf(source, base.get_config(), workdir)
+  print(f'{workdir}: {config.attention}, {config.num_layers} layers of width {config.d_model}')
+  print(f'next: python eval.py --workdir={workdir}')
+
+
+def _workdir():
+  if WORKDIR.value is None:
+    raise UserError('--workdir: which run? e.g. --workdir=runs/imported')
+  return paths.folder('workdir', WORKDIR.value)
+
+
+COMMANDS = {'import': import_}
+
+
+def command(argv: list[str]) -> tuple[str, list[str]]:
+  """The word behind the program's name, and the arguments without it."""
+  name = argv[1] if len(argv) > 1 else ''
+  return (name, [argv[0], *argv[2:]]) if not name.startswith('-') else ('', argv)
+
+
+if __name__ == '__main__':
+  NAME, ARGV = command(sys.argv)
+
+  def main() -> None:
+    if NAME not in COMMANDS:
+      raise UserError(f'{NAME or "command"}: choose one of {", ".join(COMMANDS)}')
+    COMMANDS[NAME]()
+
+  cli.run(main, ARGV)
