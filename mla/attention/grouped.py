@@ -22,7 +22,7 @@ class GroupedAttention(nnx.Module):
 
   def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
     D, H, N = config.d_model, config.num_heads, config.head_dim
-    K = _key_heads(config)
+    K = key_heads(config)
     V = config.value_head_dim or N
     self.rotated = config.rope_dim or N
     self.rotation = rotation_of(config)
@@ -66,8 +66,8 @@ class GroupedAttention(nnx.Module):
     return jnp.concatenate([rope(turned, positions, self.rotation), kept], axis=-1)
 
 
-def _key_heads(config: ConfigDict) -> int:
-  """K."""
+def key_heads(config: ConfigDict) -> int:
+  """K of a grouped variant."""
   return {'mha': config.num_heads, 'mqa': 1}.get(config.attention, config.num_kv_heads)
 
 
@@ -84,7 +84,7 @@ def _rules(config: ConfigDict) -> Iterator[Rule]:
 
 def _vectors(config: ConfigDict) -> list[int]:
   """2 K d_h elements (DeepSeek-V2, arXiv 2405.04434, table 1), where values are as wide as keys."""
-  K, V = _key_heads(config), config.value_head_dim or config.head_dim
+  K, V = key_heads(config), config.value_head_dim or config.head_dim
   return [config.head_dim] * K + [V] * K
 
 

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from mla import config as config_lib
 from mla import rope_scaling
-from mla.convert.layouts import Scales, key_heads
+from mla.attention.grouped import key_heads
+from mla.convert.layouts import Scales
 from mla.errors import UserError
 
 # The window of an imported run's evaluation, or the model's context if that is shorter.

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from mla.attention.grouped import key_heads
+
 
 class Tensor(NamedTuple):
   """One of their tensors: its name and shape, the paths of our weights in it, and both ways."""
@@ -85,11 +87,6 @@ class Scales(NamedTuple):
 
 
 UNSCALED = Scales()
-
-
-def key_heads(config: ConfigDict) -> int:
-  """K of a grouped variant."""
-  return {'mha': config.num_heads, 'mqa': 1}.get(config.attention, config.num_kv_heads)
 
 
 def tensors(
