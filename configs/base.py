@@ -20,6 +20,10 @@ def get_config() -> ConfigDict:
       'd_model': 128,  # D
       'ffn_dim': 0,  # F; 0 solves it so that non-embedding parameters meet param_budget
       'param_budget': 800_000,
+      # The ffn_dim that is solved and the vocabulary become multiples of this, so that they split
+      # over devices and fill their matmul units; what the vocabulary gains is never predicted. 0
+      # leaves the vocabulary as it is, and takes the roundest ffn_dim that is near enough.
+      'round_to': 0,
       # Rotary wavelengths reach from 2 pi to 2 pi rope_base tokens. 10,000 is for contexts of
       # thousands; at 256 it leaves half of the pairs nothing to tell apart (docs/log.md).
       'rope_base': 100.0,

@@ -13,9 +13,8 @@ def get_config():
   config.head_dim = 128
   config.num_layers = 24
   config.d_model = 2048
-  # mha's with a feed-forward width of 5504, a multiple of the matmul units' 128, as gqa's and mqa's
-  # then are.
-  config.param_budget = 1_214_000_000
+  config.param_budget = 1_214_000_000  # mha's with a feed-forward width of 5504
+  config.round_to = 128  # the matmul units' size; parameters within 0.29 % of the budget
   config.rope_base = 10_000.0
   config.embedding_std = 0.02
   config.seq_len = 2048

@@ -49,6 +49,7 @@ ADDED: dict[str, Any] = {
   'rope_scaling': 'none',
   'norm_eps': 1e-6,
   'tie_embeddings': False,
+  'round_to': 0,
 }
 FIELDS = {*POSITIVE, *NOT_NEGATIVE, *OF_VARIANTS, *TEXTS, *MESH, *FLOATS, *ADDED}
 

@@ -42,39 +42,58 @@ def whole() -> Iterator[None]:
     _whole = False
 
 
+def only_tokens(logits: Float[Array, '*batch vocab'], tokens: int) -> Float[Array, '*batch vocab']:
+  """Logits whose first `tokens` are of tokens; others, there to round the size, become -inf."""
+  size = logits.shape[-1]
+  if size == tokens:
+    return logits
+  real = jnp.arange(size, dtype=jnp.int32) < tokens
+  return jnp.where(jnp.expand_dims(real, range(logits.ndim - 1)), logits, -jnp.inf)
+
+
 def token_nll(
-  x: Float[Array, 'B T D'], w_out: Float[Array, 'D vocab'], targets: Int[Array, 'B T']
+  x: Float[Array, 'B T D'],
+  w_out: Float[Array, 'D vocab'],
+  targets: Int[Array, 'B T'],
+  tokens: int | None = None,
 ) -> Float[Array, 'B T']:
   """Each target's negative log-likelihood in nats, float32, of states x in the compute dtype.
 
-  Not for gradients where there is more than a chunk: mean_nll is.
+  Of w_out's columns the first `tokens` are of tokens, all if not given; the others have probability
+  0. Not for gradients where there is more than a chunk: mean_nll is.
   """
+  tokens = w_out.shape[1] if tokens is None else tokens
   if _fits(x, w_out):
     logits = (x.reshape(-1, x.shape[-1]) @ w_out.astype(x.dtype)).reshape(*targets.shape, -1)
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
-  return _in_chunks(x, w_out, targets, gradients=False)[0]
+    logits = only_tokens(logits.astype(jnp.float32), tokens)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+  return _in_chunks(tokens, x, w_out, targets, gradients=False)[0]
 
 
 def mean_nll(
-  x: Float[Array, 'B T D'], w_out: Float[Array, 'D vocab'], targets: Int[Array, 'B T']
+  x: Float[Array, 'B T D'],
+  w_out: Float[Array, 'D vocab'],
+  targets: Int[Array, 'B T'],
+  tokens: int | None = None,
 ) -> Float[Array, '']:
   """The mean of token_nll over all targets, to be differentiated."""
+  tokens = w_out.shape[1] if tokens is None else tokens
   if _fits(x, w_out):
-    return jnp.mean(token_nll(x, w_out, targets))
-  return _mean_in_chunks(x, w_out, targets)
+    return jnp.mean(token_nll(x, w_out, targets, tokens))
+  return _mean_in_chunks(tokens, x, w_out, targets)
 
 
-@jax.custom_vjp
-def _mean_in_chunks(x, w_out, targets):
-  return jnp.mean(token_nll(x, w_out, targets))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mean_in_chunks(tokens, x, w_out, targets):
+  return jnp.mean(token_nll(x, w_out, targets, tokens))
 
 
-def _forward(x, w_out, targets):
-  nll, d_x, d_w = _in_chunks(x, w_out, targets, gradients=True)
+def _forward(tokens, x, w_out, targets):
+  nll, d_x, d_w = _in_chunks(tokens, x, w_out, targets, gradients=True)
   return jnp.mean(nll), (d_x, d_w)
 
 
-def _backward(saved, d_mean):
+def _backward(tokens, saved, d_mean):
   d_x, d_w = saved
   share = d_mean / math.prod(d_x.shape[:2])
   return (d_x.astype(jnp.float32) * share).astype(d_x.dtype), d_w * share, None
@@ -109,11 +128,13 @@ def _chunk_length(x: Array, w_out: Array, axes: _Axes) -> int:
   return 1 << max(1, CHUNK_BYTES // position).bit_length() - 1
 
 
-def _in_chunks(x, w_out, targets, *, gradients: bool) -> tuple[Array, ...]:
+def _in_chunks(
+  tokens: int, x: Array, w_out: Array, targets: Array, *, gradients: bool
+) -> tuple[Array, ...]:
   """Losses [B,T]; with `gradients` those of their sum too: x's in its dtype, w_out's in float32."""
   axes = _axes(x, w_out)
   length = min(_chunk_length(x, w_out, axes), x.shape[1])
-  local = functools.partial(_on_a_device, axes, length, gradients)
+  local = functools.partial(_on_a_device, axes, length, gradients, tokens)
   # Still split when it is cast, or it would be gathered in float32.
   w = constrain(constrain(w_out.astype(x.dtype), 'D', 'vocab'), 'D_whole', 'vocab')
   if not axes.rows + axes.vocabulary:
@@ -128,9 +149,12 @@ def _in_chunks(x, w_out, targets, *, gradients: bool) -> tuple[Array, ...]:
   )(x, w, targets)
 
 
-def _on_a_device(axes: _Axes, length: int, gradients: bool, x, w, targets) -> tuple[Array, ...]:
+def _on_a_device(
+  axes: _Axes, length: int, gradients: bool, real: int, x: Array, w: Array, targets: Array
+) -> tuple[Array, ...]:
   """_in_chunks on a device's rows and its part of the vocabulary, `length` positions a chunk."""
   (batch, whole, width), vocabulary = x.shape, w.shape[1]
+  parts = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes.vocabulary)
   fill = -whole % length
   x = jnp.pad(x, ((0, 0), (0, fill), (0, 0)))
   targets = jnp.pad(targets, ((0, 0), (0, fill)), constant_values=-1)
@@ -141,16 +165,18 @@ def _on_a_device(axes: _Axes, length: int, gradients: bool, x, w, targets) -> tu
   def chunk(d_w, this):
     x, target = (array.reshape(batch * length, -1) for array in this)
     logits = jnp.matmul(x, w, preferred_element_type=jnp.float32)
+    if real < vocabulary * parts:  # the others, there to round the size, get no probability
+      logits = jnp.where(tokens < real, logits, -jnp.inf)
     top = jax.lax.pmax(jnp.max(logits, axis=1), axes.vocabulary)[:, None]
     hit = tokens == target
     total = jnp.sum(jnp.exp(logits - top), axis=1)
     right = jnp.sum(logits, axis=1, where=hit)
     total, right = jax.lax.psum((total, right), axes.vocabulary)
-    log_total, real = jnp.log(total)[:, None] + top, target >= 0
-    nll = jnp.where(real, log_total - right[:, None], 0.0).reshape(batch, length)
+    log_total, inside = jnp.log(total)[:, None] + top, target >= 0
+    nll = jnp.where(inside, log_total - right[:, None], 0.0).reshape(batch, length)
     if not gradients:
       return d_w, (nll,)
-    d_logits = jnp.where(real, jnp.exp(logits - log_total) - hit.astype(jnp.float32), 0.0)
+    d_logits = jnp.where(inside, jnp.exp(logits - log_total) - hit.astype(jnp.float32), 0.0)
     d_logits = d_logits.astype(x.dtype)
     d_w += jnp.matmul(x.T, d_logits, preferred_element_type=jnp.float32)
     return d_w, (nll, (d_logits @ w.T).reshape(batch, length, width))

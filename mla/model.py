@@ -27,6 +27,7 @@ from mla.cache import Cache
 from mla.embedding import lookup
 from mla.errors import UserError
 from mla.layers import RMSNorm, project, weight
+from mla.loss import only_tokens
 from mla.sharding import constrain
 
 
@@ -89,6 +90,8 @@ class Decoder(nnx.Module):
     self.dtype = jnp.dtype(config.dtype)
     self.remat = config.remat
     self.num_layers = config.num_layers
+    self.vocab = vocab  # tokens; more rows than these round the size, and mean nothing
+    vocab += -vocab % max(1, config.round_to)
     self.embedding = weight(rngs, fan_in=1, scale=config.embedding_std, vocab=vocab, D=D)
     self.blocks = _stack(config, rngs)
     self.norm = RMSNorm(config.norm_eps, D=D)
@@ -99,7 +102,8 @@ class Decoder(nnx.Module):
     return lookup(self.embedding[...], tokens, self.dtype)
 
   def logits(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T vocab']:
-    return project(self.norm(x), self.unembedding()).astype(jnp.float32)
+    logits = project(self.norm(x), self.unembedding()).astype(jnp.float32)
+    return only_tokens(logits, self.vocab)
 
   def unembedding(self) -> Float[Array, 'D vocab']:
     """What makes logits of the normed states."""
@@ -290,14 +294,16 @@ def count_params(model: Decoder) -> tuple[int, int]:
 
 FFN_MULTIPLES = (128, 64, 32, 16, 8, 4, 2, 1)
 BUDGET_TOLERANCE = 0.0025  # so that any two arms differ by at most 0.5 %
+ROUNDED_TOLERANCE = 0.005  # with round_to
 
 
 def solve_ffn_dim(config: ConfigDict) -> int:
   """The feed-forward width at which non-embedding parameters meet config.param_budget.
 
   Parameters are linear in the width, so two abstract models tell slope and offset for any variant.
-  Among the widths within BUDGET_TOLERANCE the roundest wins, for the sake of the matmul units.
-  Raises UserError if no width is.
+  Among the widths within BUDGET_TOLERANCE the roundest wins, for the sake of the matmul units. With
+  config.round_to it is the nearest multiple of that, if within ROUNDED_TOLERANCE. Raises UserError
+  if no width is.
   """
 
   def count(width: int) -> int:
@@ -307,15 +313,22 @@ def solve_ffn_dim(config: ConfigDict) -> int:
 
   slope = count(2) - count(1)
   exact = (config.param_budget - count(1)) / slope + 1
-  for multiple in FFN_MULTIPLES:
+  rounded = config.round_to > 1
+  tolerance = ROUNDED_TOLERANCE if rounded else BUDGET_TOLERANCE
+  for multiple in (config.round_to,) if rounded else FFN_MULTIPLES:
     width = max(1, round(exact / multiple)) * multiple
-    if abs(width - exact) * slope <= BUDGET_TOLERANCE * config.param_budget:
+    if abs(width - exact) * slope <= tolerance * config.param_budget:
       return width
   if exact < 1:
     raise UserError(
       f'param_budget={config.param_budget}: the model has {count(1) - slope:,} parameters without '
       f'its feed-forward part, and each of its dims adds {slope:,}; raise param_budget to at least '
       f'{count(1)}, or lower d_model, num_heads or num_layers'
+    )
+  if rounded:
+    raise UserError(
+      f'round_to={config.round_to}: no ffn_dim that is a multiple of it meets '
+      f'param_budget={config.param_budget} to {ROUNDED_TOLERANCE:.1%}; lower it, or set ffn_dim'
     )
   below = count(1) + (math.floor(exact) - 1) * slope
   raise UserError(

@@ -267,9 +267,8 @@ def accumulate(loss_and_grads, steps: int, params, tokens: Int[Array, 'B window'
 
 def mean_nll(model: model_lib.Decoder, tokens: Int[Array, 'B window']) -> Float[Array, '']:
   """The mean negative log-likelihood of the targets in nats, all positions in parallel."""
-  return loss_lib.mean_nll(
-    model_lib.states(model, tokens[:, :-1]), model.unembedding(), tokens[:, 1:]
-  )
+  x = model_lib.states(model, tokens[:, :-1])
+  return loss_lib.mean_nll(x, model.unembedding(), tokens[:, 1:], model.vocab)
 
 
 def eval_step(
@@ -277,7 +276,7 @@ def eval_step(
 ) -> tuple[Float[Array, ''], Int[Array, '']]:
   model = nnx.merge(graphdef, params)
   x = model_lib.states(model, tokens[:, :-1])
-  nll = loss_lib.token_nll(x, model.unembedding(), tokens[:, 1:])
+  nll = loss_lib.token_nll(x, model.unembedding(), tokens[:, 1:], model.vocab)
   return jnp.sum(nll, where=mask), jnp.sum(mask, dtype=jnp.int32)
 
 

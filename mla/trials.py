@@ -31,7 +31,8 @@ REPEATED = ('learning_rate', 'seed')
 # What only the building of the model reads: trials that differ in nothing else, and build the same
 # model, are the same.
 MODEL_FIELDS = (
-  *'attention num_heads head_dim value_head_dim num_layers d_model ffn_dim param_budget'.split(),
+  *'attention num_heads head_dim value_head_dim num_layers d_model ffn_dim'.split(),
+  *'round_to param_budget'.split(),
   *config_lib.OF_VARIANTS,
 )
 LONGEST = 150  # bytes of a label in a file's name, which may have 255 with what is added to it

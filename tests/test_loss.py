@@ -36,10 +36,10 @@ def small_chunks(monkeypatch):
   monkeypatch.setattr(loss, 'CHUNK_BYTES', 2 * 8 * 4 * VOCAB)
 
 
-def both(x, w_out, targets):
+def both(x, w_out, targets, tokens=None):
   """Each loss; three times the mean, and its gradients."""
-  mean = jax.value_and_grad(lambda *inputs: 3 * loss.mean_nll(*inputs, targets), (0, 1))
-  return loss.token_nll(x, w_out, targets), *mean(x, w_out)
+  mean = jax.value_and_grad(lambda *inputs: 3 * loss.mean_nll(*inputs, targets, tokens), (0, 1))
+  return loss.token_nll(x, w_out, targets, tokens), *mean(x, w_out)
 
 
 def compare(x, w_out, targets, bound=1e-5):
@@ -56,6 +56,27 @@ def test_values_and_gradients_are_those_of_whole_logits(shape, small_chunks, mon
   monkeypatch.setattr(loss, 'CHUNK_BYTES', loss.CHUNK_BYTES // math.prod(shape))
   with jax.set_mesh(mesh_of(shape)):
     compare(*draw())
+
+
+@pytest.mark.parametrize('chunks', [True, False])
+@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_columns_that_round_the_vocabulary_get_no_probability(shape, chunks, request):
+  """Losses and gradients are those without them; on (1, 1, 8) a device has no others."""
+  if chunks:
+    request.getfixturevalue('small_chunks')
+  x, w_out, targets = draw()
+  tokens = 60
+  targets %= tokens
+  with jax.set_mesh(mesh_of(shape)):
+    found = jax.jit(lambda x, w, t: both(x, w, t, tokens))(x, w_out, targets)
+  mean = jax.value_and_grad(lambda *inputs: 3 * jnp.mean(plain(*inputs, targets)), (0, 1))
+  nll, loss_, (d_x, d_w) = found
+  expected_loss, (expected_x, expected_w) = mean(x, w_out[:, :tokens])
+  np.testing.assert_allclose(nll, plain(x, w_out[:, :tokens], targets), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(loss_, expected_loss, rtol=1e-5)
+  np.testing.assert_allclose(d_x, expected_x, atol=1e-5 * np.max(np.abs(expected_x)))
+  np.testing.assert_allclose(d_w[:, :tokens], expected_w, atol=1e-5 * np.max(np.abs(expected_w)))
+  assert not np.any(d_w[:, tokens:])
 
 
 @pytest.mark.parametrize('sizes', [{'batch': 3}, {'vocab': 71}])

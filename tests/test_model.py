@@ -6,6 +6,7 @@ from conftest import arrays_in, tiny_config
 from flax import nnx
 
 from configs import gqa_small, mha_small, mla_small, mqa_small
+from mla.errors import UserError
 from mla.model import (
   Decoder,
   allocate_cache,
@@ -88,3 +89,30 @@ def test_prefill_makes_logits_only_of_each_rows_last_token():
 
   assert largest(prefill, cache, prompts, lengths) == 4 * vocab
   assert largest(forward, prompts) == 4 * 8 * vocab
+
+
+def test_round_to_makes_the_width_and_the_vocabulary_divide():
+  _, budget = count_params(make_model(tiny_config('mla', ffn_dim=48), 61))
+  config = tiny_config('mla', ffn_dim=0, param_budget=budget + 60, round_to=16)
+  model = make_model(config, 61)
+  assert model.w_out.shape == (32, 64) and model.embedding.shape == (64, 32)
+  assert model.blocks.ffn.w_gate.shape[-1] == 48
+  with pytest.raises(UserError, match='round_to=1024: no ffn_dim .* param_budget=40000'):
+    solve_ffn_dim(tiny_config('mla', ffn_dim=0, param_budget=40_000, round_to=1024))
+
+
+@pytest.mark.parametrize(('temperature', 'top_p'), [(0.0, 1.0), (5.0, 0.9999999)])
+def test_what_rounds_the_vocabulary_is_never_written(temperature, top_p):
+  """Although one of its columns, or the other, would win each time."""
+  model = make_model(tiny_config('mla', num_layers=1, round_to=16), 61)
+  model.w_out[...] = model.w_out[...].at[:, 61].set(50.0).at[:, 62].set(-50.0)
+  prompts = jax.random.randint(jax.random.key(1), (4, 5), 0, 61)
+  logits = forward(model, prompts)
+  assert logits.shape == (4, 5, 64) and np.all(logits[..., 61:] == -np.inf)
+  assert np.all(np.isfinite(logits[..., :61]))
+  cache = allocate_cache(model, batch=4, slots=40, dtype='float32')
+  key, lengths = jax.random.key(2), jnp.full(4, 5)
+  tokens, _ = generate(
+    model, cache, prompts, lengths, key, steps=30, temperature=temperature, top_p=top_p
+  )
+  assert np.all((tokens >= 0) & (tokens < 61))
