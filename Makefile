@@ -1,10 +1,10 @@
-# make install | train | test | test-interop | test-sweep | test-fuzz | test-variant | test-aot | test-html | bench. Each sets up what it needs; PYTHON=... chooses the interpreter, VENV=... the folder.
+# make install | train | test | test-interop | test-sweep | test-hosts | test-fuzz | test-variant | test-aot | test-html | bench. Each sets up what it needs; PYTHON=... chooses the interpreter, VENV=... the folder.
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 BIN = $(VENV)/bin
 
-.PHONY: install train test test-interop test-sweep test-fuzz test-variant test-aot test-html bench
+.PHONY: install train test test-interop test-sweep test-hosts test-fuzz test-variant test-aot test-html bench
 
 install: $(VENV)/.installed
 
@@ -27,7 +27,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --ignore=tests/test_ray_engine.py --ignore=tests/test_fuzz.py --ignore=tests/test_add_a_variant.py --ignore=tests/aot --ignore=tests/html
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --ignore=tests/test_ray_engine.py --ignore=tests/test_fuzz.py --ignore=tests/test_many_hosts.py --ignore=tests/test_add_a_variant.py --ignore=tests/aot --ignore=tests/html
 
 # The peers: transformers on torch. On Linux plain torch brings CUDA along; install a CPU build first to avoid that.
 $(VENV)/.installed-bench: $(VENV)/.installed
@@ -43,6 +43,10 @@ $(VENV)/.installed-sweep: $(VENV)/.installed
 # One at a time: each starts a cluster.
 test-sweep: $(VENV)/.installed-sweep
 	$(BIN)/python -m pytest -n 0 tests/test_ray_engine.py
+
+# Runs of two and four processes over loopback, some of them killed; one test at a time.
+test-hosts: install
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 0 tests/test_many_hosts.py
 
 # Two hundred kinds of hostile input and damage, from one seed.
 test-fuzz: install

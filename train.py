@@ -12,7 +12,7 @@ import json
 
 from absl import flags
 
-from mla import backends, cli, config, dry_run, files, paths, signals, targets
+from mla import backends, cli, config, dry_run, files, hosts, paths, signals, targets
 from mla.errors import UserError
 from mla.train import train_and_evaluate
 
@@ -25,6 +25,10 @@ FIT_BATCH = flags.DEFINE_bool('fit_batch', False, 'with --dry_run: the most rows
 CONTEXT = flags.DEFINE_integer('context', None, "with --dry_run: a user's tokens, for their caches")
 PRICE = flags.DEFINE_float('price', None, 'with --dry_run: dollars a device and hour, for the cost')
 MFU = flags.DEFINE_float('mfu', None, 'with --price: share of the peak in useful FLOPs, 0.4')
+MULTIHOST = flags.DEFINE_bool('multihost', False, 'train as one of several processes, all alike')
+COORDINATOR = flags.DEFINE_string('coordinator', None, 'with --multihost: HOST:PORT of process 0')
+PROCESS_ID = flags.DEFINE_integer('process_id', None, 'with --multihost: which of them this is')
+NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'with --multihost: how many there are')
 
 
 def main() -> int:
@@ -36,14 +40,20 @@ def main() -> int:
   for flag in (TARGET, JSON, FIT_BATCH, CONTEXT, PRICE, MFU):
     if flag.present:
       raise UserError(f'--{flag.name}: goes with --dry_run; add that, or leave it out')
+  for flag in (COORDINATOR, PROCESS_ID, NUM_PROCESSES):
+    if flag.present and not MULTIHOST.value:
+      raise UserError(f'--{flag.name}: goes with --multihost; add that, or leave it out')
   given = f'runs/{cli.config_name()}' if WORKDIR.value is None else WORKDIR.value
   workdir = paths.folder('workdir', given)
   paths.check_workdir(workdir)
+  if MULTIHOST.value:
+    hosts.join(COORDINATOR.value, PROCESS_ID.value, NUM_PROCESSES.value)
   prepare()
   ending = train_and_evaluate(CONFIG.value, workdir)
   if not ending:
     return signals.exit_code(ending.value)
-  print(f'next: python eval.py --workdir={workdir}')
+  if hosts.is_first():
+    print(f'next: python eval.py --workdir={workdir}')
   return 0
 
 

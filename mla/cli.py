@@ -130,6 +130,11 @@ def _in_our_words(error: Exception) -> Exception:
       f'there is too little memory ({first_line(error)}); lower batch_size or seq_len, raise '
       'accumulation_steps, or set remat=full'
     )
+  if isinstance(error, jax.errors.JaxRuntimeError) and jax.distributed.is_initialized():
+    return MachineError(
+      f'another process of the run is no longer there ({first_line(error)}); start all of them '
+      'again, and they go on from the last checkpoint'
+    )
   if isinstance(error, OSError) and (error.filename or error.errno in files.EXHAUSTED):
     name = error.filename2 or error.filename  # the second is the place of what was to be moved
     where = os.fsdecode(name) if name else 'a file'

@@ -3,7 +3,11 @@
 Each function is called by all of them at the same point, or the others wait for the missing one.
 """
 
+import atexit
 import json
+import os
+import re
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +16,65 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mla.errors import MachineError, UserError, first_line
+
+HEARTBEAT = 20  # seconds of silence after which a process counts as gone
+GATHERING = 300  # seconds that processes wait for each other at the start
+
+
+def join(coordinator: str | None, process_id: int | None, num_processes: int | None) -> None:
+  """Makes this process one of several of one run, before JAX is used; None is found out.
+
+  Cloud TPU, Slurm, Open MPI and Kubernetes tell; in a program that Ray has joined already nothing
+  is left to do. UserError where the flags are needed or wrong, MachineError if the others do not
+  come within GATHERING seconds.
+  """
+  if jax.distributed.is_initialized():
+    return
+  _leave_a_word()
+  if coordinator is not None and not re.fullmatch(r'[^:]+:\d+|\[[0-9a-fA-F:]+\]:\d+', coordinator):
+    raise UserError(f'--coordinator={coordinator}: write HOST:PORT of process 0, a port it may use')
+  try:
+    jax.distributed.initialize(
+      coordinator,
+      num_processes,
+      process_id,
+      initialization_timeout=GATHERING,
+      heartbeat_timeout_seconds=HEARTBEAT,
+      shutdown_timeout_seconds=HEARTBEAT,
+    )
+  except (ValueError, TypeError) as error:
+    raise UserError(
+      f'--multihost: the other processes are not known ({first_line(error)}); give each '
+      '--coordinator=HOST:PORT, --num_processes=N and --process_id=0 to N-1'
+    ) from error
+  except RuntimeError as error:
+    where = 'the coordinator' if coordinator is None else f'--coordinator={coordinator}'
+    raise MachineError(
+      f'--multihost: the processes have not found each other at {where} ({first_line(error)}); '
+      'start all of them within five minutes, each with a --process_id of its own'
+    ) from error
+
+
+def _leave_a_word() -> None:
+  """Starts a process that says in one line, should this one be cut short, what to do.
+
+  JAX ends a process whose peers are gone with abort(), which no Python survives.
+  """
+  reader, writer = os.pipe()
+  if os.fork():
+    os.close(reader)
+    atexit.register(os.write, writer, b'.')
+    return
+  os.close(writer)
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  if not os.read(reader, 1):
+    os.write(
+      2,
+      b'error: this process of the run was cut short: another one has gone, or it was killed; what '
+      b'was saved is whole, so start all of them again, and they go on from there\n',
+    )
+  os._exit(0)
 
 
 def is_first() -> bool:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from mla.errors import UserError, first_line
@@ -160,9 +161,31 @@ def sum_over(x: jax.Array, rows: tuple[str, ...], parts: tuple[str, ...], axis: 
   return jax.lax.psum(x, tuple(name for name in rows if name not in parts))
 
 
-def put_batch(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-  """This process's rows [b, ...] as its part of the global batch, split over data and fsdp."""
-  return jax.make_array_from_process_local_data(rows_sharding(mesh), rows)
+def rows_here(size: int, mesh: Mesh) -> Int[np.ndarray, ' b']:
+  """Which rows of a batch of this size lie on this process' devices, in order.
+
+  Processes whose devices differ along tensor only hold the same rows.
+  """
+  places = rows_sharding(mesh).addressable_devices_indices_map((size,)).values()
+  return np.unique(np.concatenate([np.arange(size)[place] for place in places]))
+
+
+def put_batch(rows: np.ndarray, mesh: Mesh, size: int | None = None) -> jax.Array:
+  """The batch of `size` rows of which this process has those of rows_here(), split over the mesh.
+
+  Without a size these are all of it, as they always are where there is one process.
+  """
+  size = len(rows) if size is None else size
+  here = rows_here(size, mesh)
+  if len(here) != len(rows):
+    raise ValueError(f'{len(rows)} rows where the mesh has {len(here)} of {size} here')
+
+  def part(index: tuple[slice, ...] | None) -> np.ndarray:
+    start, stop, _ = (index or (slice(None),))[0].indices(size)
+    first = int(np.searchsorted(here, start))
+    return rows[first : first + stop - start]
+
+  return jax.make_array_from_callback((size, *rows.shape[1:]), rows_sharding(mesh), part)
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
@@ -56,8 +57,8 @@ def train_and_evaluate(
 ) -> Ending:
   """Trains to config.num_steps, going on from workdir's newest checkpoint if it has one.
 
-  Over several processes (jax.distributed), each calls this with the same arguments and a workdir
-  that all see; the first writes the metrics, and no text is sampled.
+  Over several processes (hosts.join), each calls this with the same arguments and a workdir that
+  all see; the first writes the metrics.
 
   Calls report(step, evaluation) after each evaluation. Holds the workdir's lease. Raises UserError
   for what the user can mend, another process that trains there among it; MachineError where space,
@@ -96,8 +97,7 @@ def _train(
     seq_len=config.seq_len,
     batch_size=config.batch_size,
     seed=config.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    rows=sharding.rows_here(config.batch_size, mesh),
   )
   windows = eval_windows(
     data.validation, seq_len=config.seq_len, max_tokens=config.data.eval_tokens
@@ -115,7 +115,8 @@ def _train(
     run = {'config': config_lib.to_json(config), 'data': data.digest}
     state, start = _restore(checkpoints, abstract, placement, batches, run)
     if start >= config.num_steps:
-      print(f'{workdir}: already trained to step {start} of {config.num_steps}; nothing to do')
+      if hosts.is_first():
+        print(f'{workdir}: already trained to step {start} of {config.num_steps}; nothing to do')
       return Ending.COMPLETE
     if state is None:
       state = jax.jit(create, out_shardings=placement)()
@@ -128,11 +129,14 @@ def _train(
     # The compiled parts.
     graphdef = nnx.graphdef(model)
     began = time.monotonic()
-    batch = sharding.put_batch(next(batches), mesh)
+    batch = sharding.put_batch(next(batches), mesh, config.batch_size)
     jitted = jit_step(config, graphdef, optimizer, placement)
     step_fn = jitted.lower(state, batch).compile()
     metrics.say(f'compiled the training step in {time.monotonic() - began:.1f} s')
     eval_fn = jax.jit(functools.partial(eval_step, graphdef))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    sample_fn = jax.jit(functools.partial(sample_text, config, graphdef), out_shardings=everywhere)
+    prompt = np.array([[data.tokenizer.bos, *data.tokenizer.encode(SAMPLE_PROMPT)]], np.int32)
     schedule = make_schedule(config)
 
     # The loop. The host only waits for the devices where a number is asked for. A checkpoint comes
@@ -149,7 +153,7 @@ def _train(
         stopping = hosts.largest(stop.requested)
       save = save or stopping != 0
       if not save:
-        batch = sharding.put_batch(next(batches), mesh)
+        batch = sharding.put_batch(next(batches), mesh, config.batch_size)
       if log or evaluating or save:
         _check_finite(measured, step, checkpoints)
         checkpoints.check()
@@ -168,11 +172,10 @@ def _train(
         metrics.write(step, evaluation)
         loss, bits = evaluation['eval_loss'], evaluation['eval_bits_per_byte']
         said = f'step {step}  eval loss {loss:.4f}  {bits:.4f} bits per byte'
-        if jax.process_count() == 1:
-          text = sample_text(graphdef, state, data, config, mesh)
-          metrics.write_text(step, 'sample', text)
-          said += f'  {text!r}'
-        metrics.say(said)
+        sampled = sample_fn(state.params, jax.random.fold_in(state.key, state.step), prompt)
+        text = SAMPLE_PROMPT + data.tokenizer.decode(np.asarray(sampled[0]))
+        metrics.write_text(step, 'sample', text)
+        metrics.say(f'{said}  {text!r}')
         if report is not None:
           report(step, evaluation)
         since, since_step = time.monotonic(), step
@@ -181,7 +184,7 @@ def _train(
         checkpoints.save(step, state.params, training, {**run, 'batches': step})
         if stopping or last:
           break
-        batch = sharding.put_batch(next(batches), mesh)
+        batch = sharding.put_batch(next(batches), mesh, config.batch_size)
 
   checkpoints.close()
   if stopping and not last:
@@ -255,7 +258,7 @@ def accumulate(loss_and_grads, steps: int, params, tokens: Int[Array, 'B window'
   def on_a_replica(params, tokens):
     return jax.lax.pmean(local(params, tokens), 'data')
 
-  spec = jax.sharding.PartitionSpec
+  spec = PartitionSpec
   return jax.shard_map(
     on_a_replica,
     in_specs=(spec(), spec('data')),
@@ -285,35 +288,31 @@ def evaluate(
 ) -> dict[str, float]:
   """Loss (nats a token) and bits per byte over the windows, without a cache (eval.py reads one)."""
   nll, count = 0.0, 0
-  for start in range(0, len(windows.tokens), config.batch_size):
-    tokens, mask = (rows[start : start + config.batch_size] for rows in windows)
-    fill = ((0, config.batch_size - len(tokens)), (0, 0))
-    mine = slice(jax.process_index(), None, jax.process_count())
-    batch = [sharding.put_batch(np.pad(rows, fill)[mine], mesh) for rows in (tokens, mask)]
+  size = config.batch_size
+  here = sharding.rows_here(size, mesh)
+  for start in range(0, len(windows.tokens), size):
+    tokens, mask = (rows[start : start + size] for rows in windows)
+    fill = ((0, size - len(tokens)), (0, 0))
+    batch = [sharding.put_batch(np.pad(rows, fill)[here], mesh, size) for rows in (tokens, mask)]
     part, targets = eval_fn(params, *batch)
     nll, count = nll + float(part), count + int(targets)
   text = int(np.sum(data.tokenizer.byte_lengths[windows.tokens[:, 1:]] * windows.mask))
   return {'eval_loss': nll / count, 'eval_bits_per_byte': nll / (math.log(2) * text)}
 
 
-def sample_text(graphdef, state: TrainState, data: Data, config: ConfigDict, mesh) -> str:
-  """A continuation of SAMPLE_PROMPT, decoded through a cache in the run's dtype."""
-  prompt = np.concatenate([[data.tokenizer.bos], data.tokenizer.encode(SAMPLE_PROMPT)])
-  model = nnx.merge(graphdef, state.params)
+def sample_text(
+  config: ConfigDict, graphdef, params, key: Key[Array, ''], prompt: Int[Array, '1 T']
+) -> Int[Array, '1 steps']:
+  """A continuation of a prompt by SAMPLE_TOKENS, decoded through a cache in the run's dtype."""
+  model = nnx.merge(graphdef, params)
   cache = model_lib.allocate_cache(
-    model, batch=1, slots=len(prompt) + SAMPLE_TOKENS, dtype=config.dtype
+    model, batch=1, slots=prompt.shape[1] + SAMPLE_TOKENS, dtype=config.dtype
   )
+  lengths = jnp.array([prompt.shape[1]], jnp.int32)
   tokens, _ = model_lib.generate(
-    model,
-    cache,
-    jnp.asarray(prompt[None], jnp.int32),
-    jnp.array([len(prompt)], jnp.int32),
-    jax.random.fold_in(state.key, state.step),
-    steps=SAMPLE_TOKENS,
-    temperature=0.8,
-    top_p=0.95,
+    model, cache, prompt, lengths, key, steps=SAMPLE_TOKENS, temperature=0.8, top_p=0.95
   )
-  return SAMPLE_PROMPT + data.tokenizer.decode(np.asarray(tokens[0]))
+  return tokens
 
 
 def describe(config: ConfigDict, model: model_lib.Decoder, data: Data, mesh, start: int) -> str:

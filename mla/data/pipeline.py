@@ -1,4 +1,4 @@
-"""Tokens to batches, through Grain: deterministic, resumable, disjoint between processes."""
+"""Tokens to batches, through Grain: deterministic, resumable, the same on any number of hosts."""
 
 import hashlib
 import logging
@@ -70,17 +70,14 @@ def train_batches(
   seq_len: int,
   batch_size: int,
   seed: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Int[np.ndarray, ' b'] | None = None,
 ) -> grain.DatasetIterator:
-  """Endless batches of this process's windows, int32 [batch_size / process_count, seq_len + 1].
+  """Endless batches of windows, int32 [batch_size, seq_len + 1], or of each only these `rows`.
 
-  Windows lie at stride seq_len and are shuffled anew each epoch. Together the processes see, step
-  by step, exactly the batches that one alone would. The position is a single number, the batches
-  taken, whatever the number of processes.
+  Windows lie at stride seq_len and are shuffled anew each epoch. A batch's row is the same window
+  whatever process reads it, so the position is a single number, the batches taken, whatever the
+  number of processes and the mesh.
   """
-  if batch_size % process_count:
-    raise UserError(f'batch_size={batch_size}: does not split over {process_count} processes')
   count = (len(stream.tokens) - 1) // seq_len
   if count < batch_size:
     raise UserError(
@@ -89,8 +86,8 @@ def train_batches(
     )
   views = np.lib.stride_tricks.sliding_window_view(stream.tokens, seq_len + 1)[::seq_len]
   order = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
-  batches = order[process_index::process_count].batch(batch_size // process_count)
-  batches = batches.map(lambda indices: views[indices])
+  mine = slice(None) if rows is None else rows
+  batches = order.batch(batch_size).map(lambda indices: views[indices[mine]])
   # The text is in memory: threads would only cost.
   return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
