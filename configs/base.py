@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
         'data_dir': '',  # of datasets; '' means $TFDS_DATA_DIR or ~/tensorflow_datasets
         'files': '',  # a glob of UTF-8 text files to train on instead of `dataset`
         'validation_files': '',  # likewise; '' holds out the last tenth of each of `files`
-        'tokenizer': 'bytes',  # bytes | bpe:VOCAB
+        'tokenizer': 'bytes',  # bytes | bpe:VOCAB | hf:PATH of a tokenizer.json
         # Of the validation split: for the evaluations while training, and for a sweep's losses.
         'eval_tokens': 131_072,
       },

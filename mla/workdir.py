@@ -24,10 +24,11 @@ LOCK = '.lock'
 def identity(config: ConfigDict) -> dict[str, Any]:
   """The fields, by dotted name, that must stay the same for a run to go on exactly.
 
-  One that was added since counts only where it does not have the value that older runs had.
+  One that was added since counts only where it does not have the value that older runs had. Of a
+  tokenizer.json its place does not count: checkpoints name its hash, with that of the text.
   """
   return {
-    name: value
+    name: 'hf' if name == 'data.tokenizer' and str(value).startswith('hf:') else value
     for name, value in config_lib.flatten(config).items()
     if name not in FREE_FIELDS
     and name.split('.')[0] not in FREE_FIELDS

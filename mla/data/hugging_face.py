@@ -1,8 +1,17 @@
-"""A tokenizer that somebody else trained: a tokenizer.json, read by the library `tokenizers`."""
+"""A tokenizer.json, the format of the `tokenizers` library, that somebody else has trained.
+
+It has to be lossless, or the bytes of the text, which bits per byte are counted by, could not be
+told from its tokens: byte-level BPE is (GPT-2, Llama 3, Qwen, SmolLM), and so is SentencePiece with
+byte fallback (Llama 2, Mistral). One that composes accents (NFC: Qwen, GPT-NeoX) is taken, and the
+bytes are those of the composed text; one that lowers case or changes more than that is refused.
+"""
 
 import hashlib
 import importlib
 import json
+import re
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +21,30 @@ from jaxtyping import Int
 from mla import files
 from mla.errors import UserError, first_line
 
-SPACE = '\u2581'
+SPACE = '\u2581'  # what SentencePiece writes for a space; there a text's own one is read as a space
+# Under these names tokenizers keep the token that starts a document, the likeliest first.
+STARTS = '<s> <bos> <|begin_of_text|> <|startoftext|> [BOS] <|endoftext|> </s>'.split()
+PROBES = (
+  'A probe, Of  two   SPACES\tand\r\nlines;\n\n\n  1234567.89 (x_y) == "it\'s"',
+  'e\u0301 \u00e9 \ufb01 \uff21 \u2460 \u00a0\u200b \u4f60\u597d \0 \ufeff',
+  '\U0001f99c\U0001f1eb\U0001f1f7 \u2047 <0x41>',
+)
 
 
 class HuggingFaceTokenizer:
-  """The tokenizer.json at `path`; tokenizer_config.json beside it says which token is BOS.
+  """The tokenizer.json at `path`, or in that folder; `digest` tells its content and BOS, no place.
 
-  Where it names none, EOS stands between documents, as in GPT-2. Text that spells a special token
-  is text. Raises UserError for a file that is none, and for tokens of which nobody can say which
-  bytes they are.
+  Special tokens that a text spells out, such as <|endoftext|>, are text like any other. BOS is what
+  tokenizer_config.json beside it names (where that has none EOS stands between documents, as in
+  GPT-2); without it what the tokenizer itself sets first, a usual name, or a token of its own.
+  UserError for what is no tokenizer, and for one that loses text.
   """
 
   def __init__(self, path: Path):
+    path = path / 'tokenizer.json' if path.is_dir() else path
     cure = 'name a tokenizer.json in data.tokenizer=hf:PATH'
+    if not path.exists():
+      raise UserError(f'{path}: is missing; {cure}')
     raw = files.read_bytes(path, cure)
     try:
       library = importlib.import_module('tokenizers')
@@ -35,77 +55,96 @@ class HuggingFaceTokenizer:
     try:
       self._tokenizer = library.Tokenizer.from_buffer(raw)
       found = json.loads(raw)
+      vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+      added = self._tokenizer.get_added_tokens_decoder()
     except Exception as error:  # its own class is Exception itself
       raise UserError(f'{path}: is no tokenizer ({first_line(error)}); {cure}') from error
     self._tokenizer.encode_special_tokens = True
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
-    self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-    self._bytes = _bytes_of(found, self._tokenizer.get_vocab(), self.vocab_size, path)
-    self.byte_lengths = np.array([len(raw) for raw in self._bytes], np.int32)
-    self.bos = self._boundary(path)
+    self.bos = self._boundary(path, vocab)
+    self.vocab_size = max(*vocab.values(), self.bos) + 1  # there may be gaps
+    read = _reader(found, path)
+    self._bytes = [b''] * self.vocab_size
+    for text, index in vocab.items():
+      self._bytes[index] = read(text)
+    for index, token in added.items():
+      self._bytes[index] = b'' if token.special else token.content.encode()
+    self._bytes[self.bos] = b''
+    self.byte_lengths = np.array([len(part) for part in self._bytes], np.int32)
+    # SentencePiece sets a space before a text. BOS, which stands there too, takes it back.
+    self._prefix = self._check_lossless(path)
+    self.byte_lengths[self.bos] = -len(self._prefix)
     self.digest = hashlib.sha256(raw + str(self.bos).encode()).hexdigest()
 
-  def _boundary(self, path: Path) -> int:
+  def _boundary(self, path: Path, vocab: dict[str, int]) -> int:
     beside = path.with_name('tokenizer_config.json')
-    cure = 'name its bos_token or eos_token there'
-    said = files.read_json(beside, cure)
+    said = files.read_json(beside, 'mend it or remove it') if beside.exists() else {}
     for key in ('bos_token', 'eos_token'):
       token = said.get(key) if isinstance(said, dict) else None
       token = token.get('content') if isinstance(token, dict) else token
       if isinstance(token, str):
-        found = self._tokenizer.token_to_id(token)
-        if found is None:
-          raise UserError(f'{beside}: {key}={token} is no token of {path}; {cure}')
-        return found
-    raise UserError(f'{beside}: says of no token that it starts documents; {cure}')
+        if token not in vocab:
+          raise UserError(f'{beside}: {key}={token} is no token of {path}; mend it or remove it')
+        return vocab[token]
+    first = self._tokenizer.encode('', add_special_tokens=True).ids[:1]
+    named = [vocab[name] for name in STARTS if name in vocab]
+    return (first or named or [max(vocab.values(), default=-1) + 1])[0]
+
+  def _check_lossless(self, path: Path) -> bytes:
+    """What is read back before each probe: nothing or a space."""
+    read = [self._joined(self.encode(probe)) for probe in PROBES]
+    for prefix in (b'', b' '):
+      for form in (PROBES, [unicodedata.normalize('NFC', probe) for probe in PROBES]):
+        if read == [prefix + probe.encode() for probe in form]:
+          return prefix
+    raise UserError(
+      f'{path}: loses text, for what it encodes does not decode to the same; take another, as bits '
+      'per byte cannot be told with it'
+    )
+
+  def _joined(self, ids: Int[np.ndarray, ' n']) -> bytes:
+    return b''.join(self._bytes[int(i)] for i in ids)
 
   def encode(self, text: str) -> Int[np.ndarray, ' n']:
     return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
   def decode(self, ids: Int[np.ndarray, ' n']) -> str:
-    """Special tokens are skipped; bytes that are no UTF-8 become U+FFFD."""
-    return b''.join(self._bytes[int(i)] for i in ids).decode(errors='replace')
+    """BOS is skipped; bytes that are no UTF-8 become U+FFFD."""
+    return self._joined(ids).removeprefix(self._prefix).decode(errors='replace')
 
 
-def _bytes_of(found: dict[str, Any], vocab: dict[str, int], size: int, path: Path) -> list[bytes]:
-  """The text of each token as UTF-8, b'' of special ones and of ids that no token has."""
-  if max(vocab.values(), default=0) >= size:
-    raise UserError(f'{path}: its ids have gaps, the largest is {max(vocab.values())} of {size}')
-  kinds = {part.get('type') for key in ('decoder', 'pre_tokenizer') for part in _parts(found, key)}
-  added = {token['id']: token for token in found.get('added_tokens') or ()}
-  table = [b''] * size
-  for text, index in vocab.items():
-    if index in added:
-      table[index] = b'' if added[index]['special'] else added[index]['content'].encode()
-    elif 'ByteLevel' in kinds:
-      table[index] = bytes(_BYTES[character] for character in text)
-    elif 'ByteFallback' in kinds or 'Metaspace' in kinds:
-      single = len(text) == 6 and text.startswith('<0x') and text.endswith('>')
-      table[index] = bytes([int(text[3:5], 16)]) if single else text.replace(SPACE, ' ').encode()
-    else:
-      raise UserError(
-        f'{path}: is neither byte-level nor has byte fallback, so nobody can say which bytes a '
-        'token stands for; take another tokenizer'
-      )
-  return table
+def _reader(described: Any, path: Path) -> Callable[[str], bytes]:
+  """How a token's name is turned into the bytes of the text it stands for."""
+  parts = _types(described.get('decoder')) | _types(described.get('pre_tokenizer'))
+  if 'ByteLevel' in parts:
+    table = _byte_level()
+    return lambda token: bytes(table[c] for c in token if c in table)
+  if described['model'].get('byte_fallback'):
+
+    def read(token: str) -> bytes:
+      byte = re.fullmatch('<0x([0-9A-F]{2})>', token)
+      return bytes([int(byte[1], 16)]) if byte else token.replace(SPACE, ' ').encode()
+
+    return read
+  raise UserError(
+    f'{path}: is neither byte-level nor has byte fallback, so nobody can say which bytes a token '
+    'stands for; take another tokenizer'
+  )
 
 
-def _parts(found: dict[str, Any], key: str) -> list[dict[str, Any]]:
-  """A component's parts, of a sequence all of them."""
-  part = found.get(key) or {}
-  return part.get('decoders') or part.get('pretokenizers') or [part]
+def _types(part: Any) -> set[str]:
+  """The types that a decoder or pre-tokenizer is made of."""
+  if isinstance(part, dict):
+    inner = set().union(*(_types(value) for value in part.values()))
+    return inner | {part['type']} if isinstance(part.get('type'), str) else inner
+  return set().union(*map(_types, part)) if isinstance(part, list) else set()
 
 
-def _byte_alphabet() -> dict[str, int]:
-  """The byte that each character of a byte-level vocabulary stands for: printable ones of Latin-1
-  for themselves, the others in their order from U+0100 on (Radford et al. 2019, GPT-2's code)."""
-  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  rest = [byte for byte in range(256) if byte not in printable]
-  return {
-    **{chr(byte): byte for byte in printable},
-    **{chr(256 + place): byte for place, byte in enumerate(rest)},
+def _byte_level() -> dict[str, int]:
+  """The character that GPT-2's vocabulary writes for each byte, to the byte."""
+  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = [byte for byte in range(256) if byte not in printable]
+  return {chr(byte): byte for byte in printable} | {
+    chr(256 + n): byte for n, byte in enumerate(others)
   }
-
-
-_BYTES = _byte_alphabet()
