@@ -55,6 +55,12 @@ def join(coordinator: str | None, process_id: int | None, num_processes: int | N
     ) from error
 
 
+def _end(writer: int) -> None:
+  """Parts from the others, which may end in abort() too, before nothing is left to say."""
+  jax.distributed.shutdown()
+  os.write(writer, b'.')
+
+
 def _leave_a_word() -> None:
   """Starts a process that says in one line, should this one be cut short, what to do.
 
@@ -63,7 +69,7 @@ def _leave_a_word() -> None:
   reader, writer = os.pipe()
   if os.fork():
     os.close(reader)
-    atexit.register(os.write, writer, b'.')
+    atexit.register(_end, writer)
     return
   os.close(writer)
   for number in (signal.SIGINT, signal.SIGTERM):

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_hosts
 from test_hosts import config_of, finish, losses
 
 from mla.checkpoint import Checkpoints
 from mla.train import train_and_evaluate
 
+test_hosts.LIMIT = 900  # seconds: one start trains on all of these
 MESHES = [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 1, 4)]  # over four devices
 
 # Trains one run after the other. The last process stops a run called `stopped` after step 6; in one
