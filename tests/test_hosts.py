@@ -54,10 +54,10 @@ def start(config, workdir: Path, count: int, stop_at: int = -1) -> list[subproce
   ]
 
 
-def finish(hosts: list[subprocess.Popen]) -> list[str]:
+def finish(hosts: list[subprocess.Popen], limit: int = LIMIT) -> list[str]:
   """What each printed; all must have ended well."""
   try:
-    printed = [host.communicate(timeout=LIMIT) for host in hosts]
+    printed = [host.communicate(timeout=limit) for host in hosts]
   finally:
     for host in hosts:
       host.kill()

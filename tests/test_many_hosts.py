@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_hosts
 from test_hosts import config_of, finish, losses
 
 from mla.checkpoint import Checkpoints
 from mla.train import train_and_evaluate
 
-test_hosts.LIMIT = 900  # seconds: one start trains on all of these
 MESHES = [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 1, 4)]  # over four devices
+LIMIT = 900  # seconds: one start trains on all of them
 
 # Trains one run after the other. The last process stops a run called `stopped` after step 6; in one
 # called `waits-I` process I waits there, and the other ones for it.
@@ -81,7 +80,7 @@ def saved(text, tmp_path_factory) -> Path:
   """Runs of two processes: one to the end on each mesh, and one stopped on its way."""
   folder = tmp_path_factory.mktemp('two')
   runs = {folder / name_of(mesh): run_of(text, mesh) for mesh in MESHES}
-  printed = finish(start({**runs, folder / 'stopped': run_of(text, (1, 1, 4))}, 2))
+  printed = finish(start({**runs, folder / 'stopped': run_of(text, (1, 1, 4))}, 2), LIMIT)
   assert all(out.splitlines()[-1] == 'stopped SIGTERM' for out in printed)
   return folder
 
@@ -103,7 +102,7 @@ def test_what_two_saved_one_and_four_go_on_with(saved, alone, text, tmp_path):
     shutil.copytree(saved / 'stopped', workdir)
   assert train_and_evaluate(run_of(text, (2, 4, 1)), one)
   fresh = {tmp_path / name_of(mesh): run_of(text, mesh) for mesh in MESHES}
-  finish(start({four: run_of(text, (2, 1, 2)), **fresh}, 4))
+  finish(start({four: run_of(text, (2, 1, 2)), **fresh}, 4), LIMIT)
   for workdir in (one, four, *fresh):
     np.testing.assert_allclose(losses(workdir), alone, atol=1e-5)
     assert not (workdir / 'checkpoints-damaged').exists()
