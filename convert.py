@@ -20,14 +20,15 @@ GGUF = flags.DEFINE_string('gguf', None, 'import: a GGUF file in the layout of L
 
 
 def import_() -> None:
-  if (HF.value is None) == (GGUF.value is None):
-    raise UserError('--hf: give one of --hf=DIR and --gguf=FILE')
+  folder, file = HF.value, GGUF.value
   workdir = _workdir()
-  if HF.value is not None:
-    config = importing.import_folder(paths.folder('hf', HF.value), base.get_config(), workdir)
-  else:
-    source = paths.source('gguf', GGUF.value, 'model.gguf')
+  if folder is not None and file is None:
+    config = importing.import_folder(paths.folder('hf', folder), base.get_config(), workdir)
+  elif file is not None and folder is None:
+    source = paths.source('gguf', file, 'model.gguf')
     config = importing.import_gguf(source, base.get_config(), workdir)
+  else:
+    raise UserError('--hf: give one of --hf=DIR and --gguf=FILE')
   print(f'{workdir}: {config.attention}, {config.num_layers} layers of width {config.d_model}')
   print(f'next: python eval.py --workdir={workdir}')
 
