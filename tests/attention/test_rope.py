@@ -1,4 +1,4 @@
-"""Stretched rotation against plain formulas; what it is against transformers, tests/interop says."""
+"""Stretched rotation against plain formulas; tests/interop holds it against transformers."""
 
 import math
 
