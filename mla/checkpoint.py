@@ -321,7 +321,12 @@ class Checkpoints:
   def _check_run(self, step: int, run: dict) -> dict:
     """What the checkpoint says of its run; UserError unless that is the run asked for."""
     saved = self._run(step)
-    if saved['data'] not in (run['data'], IMPORTED):
+    tokenizer = run.get('tokenizer')
+    if tokenizer is not None and saved.get('tokenizer', tokenizer) != tokenizer:
+      raise UserError(
+        f'{self._workdir}: its tokenizer is not the one it was trained with; restore that'
+      )
+    if run.get('data') is not None and saved['data'] not in (run['data'], IMPORTED):
       raise UserError(
         f'data: {self._workdir} was trained on another text or tokenizer than data.* gives '
         'now; restore what its config.json names there, or use another --workdir'

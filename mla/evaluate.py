@@ -125,18 +125,24 @@ def score_run(
 
 
 def load_model(
-  workdir: Path, config: ConfigDict, vocab: int, data: str, mesh: Mesh
+  workdir: Path,
+  config: ConfigDict,
+  vocab: int,
+  data: str | None,
+  mesh: Mesh,
+  *,
+  tokenizer: str | None = None,
 ) -> tuple[model_lib.Decoder, int]:
-  """The newest checkpoint's model, on the mesh as in training, and its step; `data`: text's digest.
+  """The newest checkpoint's model, on the mesh as in training, and its step.
 
+  `data` and `tokenizer` are digests of what it is to be used with; None is not compared.
   Raises UserError as Checkpoints.read_params.
   """
   model = nnx.eval_shape(lambda: model_lib.make_model(config, vocab))
   graphdef, params = nnx.split(model)
   target = sharding.placed(params, sharding.shardings(params, mesh))
-  step, params = Checkpoints(workdir).read_params(
-    target, {'config': config_lib.to_json(config), 'data': data}
-  )
+  used = {'config': config_lib.to_json(config), 'data': data, 'tokenizer': tokenizer}
+  step, params = Checkpoints(workdir).read_params(target, used)
   return nnx.merge(graphdef, params), step
 
 

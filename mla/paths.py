@@ -18,7 +18,8 @@ LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of nearly every file system; Li
 # checkpoints/STEP.orbax-checkpoint-tmp/training/ocdbt.process_0/d/(32 digits).
 BELOW = 320
 
-RUN = {'config.json', 'metrics.jsonl', 'checkpoints', 'checkpoints-damaged', 'tensorboard'}
+RUN = {'config.json', 'metrics.jsonl', 'tokenizer.model', 'tensorboard'}
+RUN |= {'checkpoints', 'checkpoints-damaged', 'tokenizer.json', 'tokenizer_config.json'}
 SWEEP = {'results.jsonl', 'windows.npz', 'frontier.json', 'frontier.png', 'report.md', '.lock'}
 SWEEP |= {'report.html', 'looks.json', 'trials', 'logs', 'costs', 'ray', 'starts'}
 PICTURES = {'.png': (b'\x89PNG',), '.pdf': (b'%PDF',), '.svg': (b'<?xml', b'<svg')}

@@ -24,6 +24,7 @@ from mla import config as config_lib
 from mla import loss as loss_lib
 from mla import model as model_lib
 from mla.checkpoint import Checkpoints
+from mla.data import tokenizers
 from mla.data.pipeline import Data, EvalWindows, eval_windows, load_data, skip_to, train_batches
 from mla.errors import Diverged
 from mla.metrics import Metrics, NoMetrics
@@ -112,7 +113,11 @@ def _train(
     placement = sharding.shardings(abstract, mesh)
     checkpoints = until_the_end.enter_context(Checkpoints(workdir, config.checkpoints_kept))
     checkpoints.open()
-    run = {'config': config_lib.to_json(config), 'data': data.digest}
+    run = {
+      'config': config_lib.to_json(config),
+      'data': data.digest,
+      'tokenizer': data.tokenizer.digest,
+    }
     state, start = _restore(checkpoints, abstract, placement, batches, run)
     if start >= config.num_steps:
       if hosts.is_first():
@@ -123,6 +128,7 @@ def _train(
 
     metrics: Metrics | NoMetrics = NoMetrics()
     if hosts.is_first():
+      tokenizers.save(data.tokenizer, workdir)
       metrics = until_the_end.enter_context(Metrics(workdir, start=start, total=config.num_steps))
     metrics.say(describe(config, model, data, mesh, start))
 

@@ -16,6 +16,7 @@ import traceback
 
 import mla.cli  # noqa: F401
 import mla.evaluate  # noqa: F401
+import mla.generate  # noqa: F401
 import mla.report  # noqa: F401
 import mla.sweep  # noqa: F401
 import mla.train  # noqa: F401

@@ -240,6 +240,16 @@ EVAL = [
   ('--workdir={run} --json=/dev/null', '--json=/dev/null: is not a regular file'),
 ]
 
+GENERATE = [
+  ('--prompt=a', '--workdir: which run'),
+  ('--workdir={run}', '--prompt: continue what'),
+  ('--workdir={run} --prompt=a --prompts={text}', '--prompt: continue what'),
+  ('--workdir={run} --prompts={binary}', '--prompts=.*binary.txt: is not UTF-8'),
+  ('--workdir={run} --prompts={empty}', '--prompts=.*empty.txt: holds no line'),
+  ('--workdir={foreign} --prompt=a', 'foreign: no run there'),
+  ('--workdir={untrained} --prompt=a', 'untrained: the run has no checkpoint yet'),
+]
+
 # After `sweep.py --config=configs/mla_small.py --workdir=(a new one) --sweep=seed=0,1`.
 SWEEP = [
   ('--arms={foreign}', '--arms=.*foreign: is not a regular file'),
@@ -282,6 +292,13 @@ def test_train_without_a_config(runner):
 def test_eval(runner, places, flags, named):
   before = contents(places)
   check(runner(['eval.py', *flags.format(**places).split()]), named)
+  assert contents(places) == before
+
+
+@pytest.mark.parametrize(('flags', 'named'), GENERATE, ids=[flags for flags, _ in GENERATE])
+def test_generate(runner, places, flags, named):
+  before = contents(places)
+  check(runner(['generate.py', *flags.format(**places).split()]), named)
   assert contents(places) == before
 
 

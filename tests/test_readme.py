@@ -29,7 +29,7 @@ SMALL = {
 
 def test_the_readmes_commands_run(tmp_path):
   """On a copy of the checkout's code, so that runs/ and results/ here are left alone."""
-  for name in ('train.py', 'eval.py', 'sweep.py', 'configs', 'mla'):
+  for name in ('train.py', 'eval.py', 'generate.py', 'sweep.py', 'configs', 'mla'):
     (tmp_path / name).symlink_to(ROOT / name)
   (tmp_path / 'results').mkdir()
   text = tmp_path / 'text.txt'

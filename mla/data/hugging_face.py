@@ -45,6 +45,7 @@ class HuggingFaceTokenizer:
     cure = 'name a tokenizer.json in data.tokenizer=hf:PATH'
     if not path.exists():
       raise UserError(f'{path}: is missing; {cure}')
+    self.path = path
     raw = files.read_bytes(path, cure)
     try:
       library = importlib.import_module('tokenizers')
@@ -93,7 +94,7 @@ class HuggingFaceTokenizer:
 
   def _check_lossless(self, path: Path) -> bytes:
     """What is read back before each probe: nothing or a space."""
-    read = [self._joined(self.encode(probe)) for probe in PROBES]
+    read = [self.raw(self.encode(probe)) for probe in PROBES]
     for prefix in (b'', b' '):
       for form in (PROBES, [unicodedata.normalize('NFC', probe) for probe in PROBES]):
         if read == [prefix + probe.encode() for probe in form]:
@@ -103,7 +104,8 @@ class HuggingFaceTokenizer:
       'per byte cannot be told with it'
     )
 
-  def _joined(self, ids: Int[np.ndarray, ' n']) -> bytes:
+  def raw(self, ids: Int[np.ndarray, ' n']) -> bytes:
+    """The tokens' text as bytes, which may begin or end in the middle of a letter."""
     return b''.join(self._bytes[int(i)] for i in ids)
 
   def encode(self, text: str) -> Int[np.ndarray, ' n']:
@@ -111,7 +113,7 @@ class HuggingFaceTokenizer:
 
   def decode(self, ids: Int[np.ndarray, ' n']) -> str:
     """BOS is skipped; bytes that are no UTF-8 become U+FFFD."""
-    return self._joined(ids).removeprefix(self._prefix).decode(errors='replace')
+    return self.raw(ids).removeprefix(self._prefix).decode(errors='replace')
 
 
 def _reader(described: Any, path: Path) -> Callable[[str], bytes]:

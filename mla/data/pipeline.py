@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from ml_collections import ConfigDict
 
-from mla.data import corpora
+from mla.data import corpora, tokenizers
 from mla.data.tokenizers import Tokenizer, make_tokenizer
 from mla.errors import UserError
 
@@ -55,6 +55,12 @@ def load_data(config: ConfigDict) -> Data:
     make_stream(validation, tokenizer),
     hashlib.sha256(' '.join(parts).encode()).hexdigest(),
   )
+
+
+def load_tokenizer(workdir: Path, config: ConfigDict) -> Tokenizer:
+  """The run's own, or else what load_data makes of its text."""
+  own = tokenizers.load(config.data.tokenizer, workdir)
+  return load_data(config).tokenizer if own is None else own
 
 
 def make_stream(documents: list[str], tokenizer: Tokenizer) -> TokenStream:

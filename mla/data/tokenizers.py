@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,13 +41,18 @@ class ByteTokenizer:
 
   def decode(self, ids: Int[np.ndarray, ' n']) -> str:
     """BOS is skipped; bytes that are no UTF-8 become U+FFFD."""
-    return bytes(int(i) for i in ids if i != self.bos).decode(errors='replace')
+    return self.raw(ids).decode(errors='replace')
+
+  def raw(self, ids: Int[np.ndarray, ' n']) -> bytes:
+    """The tokens' text as bytes, which may begin or end in the middle of a letter."""
+    return bytes(int(i) for i in ids if i != self.bos)
 
 
 class BpeTokenizer:
   """SentencePiece BPE with byte fallback and no normalisation."""
 
   def __init__(self, model: bytes):
+    self.model = model  # as SentencePiece writes it to a file
     self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     self.vocab_size = self._processor.vocab_size()
     self.bos = self._processor.bos_id()
@@ -69,10 +75,50 @@ class BpeTokenizer:
 
   def decode(self, ids: Int[np.ndarray, ' n']) -> str:
     """As ByteTokenizer's."""
-    return b''.join(self._bytes[int(i)] for i in ids).decode(errors='replace')
+    return self.raw(ids).decode(errors='replace')
+
+  def raw(self, ids: Int[np.ndarray, ' n']) -> bytes:
+    """As ByteTokenizer's."""
+    return b''.join(self._bytes[int(i)] for i in ids)
 
 
 Tokenizer = ByteTokenizer | BpeTokenizer | HuggingFaceTokenizer
+FILE = 'tokenizer.model'  # a run's own, in its workdir; bytes need none
+SETTINGS = 'tokenizer_config.json'
+HUGGING_FACE = ('tokenizer.json', SETTINGS)  # likewise, of an hf: one
+
+
+def save(tokenizer: Tokenizer, workdir: Path) -> None:
+  """Puts it into a run's workdir, which then needs no corpus to be read and written with."""
+  try:
+    if isinstance(tokenizer, BpeTokenizer):
+      files.write_whole(workdir / FILE, tokenizer.model)
+    elif isinstance(tokenizer, HuggingFaceTokenizer):
+      for name, path in zip(
+        HUGGING_FACE, (tokenizer.path, tokenizer.path.with_name(SETTINGS)), strict=True
+      ):
+        if path.exists():
+          files.write_whole(workdir / name, files.read_bytes(path, 'make it readable'))
+  except OSError as error:
+    doing = f'{workdir}: its tokenizer cannot be written'
+    raise files.cannot(doing, error, 'permit that') from error
+
+
+def load(spec: str, workdir: Path) -> Tokenizer | None:
+  """A run's own; None if it has none, as runs of earlier versions. UserError if it is damaged."""
+  if spec == 'bytes':
+    return ByteTokenizer()
+  if spec.startswith('hf:'):
+    own = workdir / HUGGING_FACE[0]
+    return HuggingFaceTokenizer(own if own.exists() else Path(spec.removeprefix('hf:')))
+  path = workdir / FILE
+  cure = 'restore it, or remove it where the text is at hand'
+  if not os.path.lexists(path):
+    return None
+  try:
+    return BpeTokenizer(files.read_bytes(path, cure))
+  except (RuntimeError, ValueError) as error:
+    raise UserError(f'{path}: is no SentencePiece model; {cure}') from error
 
 
 def make_tokenizer(spec: str, train_documents: Sequence[str], cache_dir: Path) -> Tokenizer:
