@@ -1,15 +1,18 @@
 """Evaluates runs: perplexity read through the KV cache, against the bytes of that cache.
 
-python eval.py --workdir=A [--workdir=B ...] [--cache_dtype=bfloat16] [--max_tokens=N]
-  [--json=F] [--plot=F.png]
+python eval.py --workdir=runs/mla_small --workdir=runs/mha_small
+python eval.py --workdir=runs/mla_small --cache_dtype=int8
+python eval.py --workdir=runs/mla_small --json=small.json --plot=small.png
+
+Prints a table, a line a run, by the bytes of the caches; mla/evaluate.py states the protocol.
 """
 
+# ruff: noqa: E402
 import json
 
 from absl import flags
 
-from mla import backends, cli, evaluate, files, paths, plots, tables
-from mla.errors import UserError
+from mla import cli
 
 WORKDIRS = flags.DEFINE_multi_string('workdir', [], 'a run; give it again for each further one')
 CACHE_DTYPE = flags.DEFINE_string('cache_dtype', 'bfloat16', 'float32, bfloat16 or int8')
@@ -18,6 +21,12 @@ MAX_TOKENS = flags.DEFINE_integer(
 )
 JSON = flags.DEFINE_string('json', None, 'write the figures here')
 PLOT = flags.DEFINE_string('plot', None, 'draw perplexity against bytes per token here (.png)')
+
+if __name__ == '__main__':
+  cli.begin(say='loading JAX')
+
+from mla import backends, evaluate, files, paths, plots, tables
+from mla.errors import UserError
 
 
 def main() -> None:

@@ -8,12 +8,12 @@ Text comes on stdout as it is written, what it cost on stderr: tokens a second, 
 of the cache. The same seed writes the same text.
 """
 
+# ruff: noqa: E402
 import sys
 
 from absl import flags
 
-from mla import backends, cli, files, generate, paths
-from mla.errors import UserError
+from mla import cli
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'the run that writes')
 PROMPT = flags.DEFINE_string('prompt', None, "what is to be continued; '' starts a document")
@@ -26,6 +26,12 @@ SEED = flags.DEFINE_integer('seed', 0, 'of what is drawn')
 BATCH = flags.DEFINE_integer(
   'batch', 1, 'texts side by side: of one prompt that many, of a file that many at a time'
 )
+
+if __name__ == '__main__':
+  cli.begin()
+
+from mla import backends, files, generate, paths
+from mla.errors import UserError
 
 
 def main() -> None:

@@ -1,36 +1,27 @@
 """Trains and compares many arms.
 
-  python sweep.py --config=configs/mla_small.py --sweep=latent_dim=16,32,64 --sweep=seed=0,1,2 \
-    --workdir=DIR [--arms=FILE] [--tune_on_first_seed] [--reference=ARM] [--margin=NATS]
-    [--engine=local|ray] [--address=...] [--resources=cpu=4,gpu=1] [--slice=TPU-V4:2x2x2]
+  python sweep.py --config=configs/mla_small.py --workdir=runs/latents \
+    --sweep=latent_dim=16,32,64 --sweep=seed=0,1,2
+  python sweep.py --config=configs/mha_small.py --workdir=runs/arms \
+    --arms=configs/sweeps/frontier.py --sweep=learning_rate=0.002,0.004,0.008 \
+    --sweep=seed=0,1,2 --tune_on_first_seed
+  python sweep.py --config=configs/mla_small.py --workdir=runs/ray --sweep=seed=0,1 \
+    --engine=ray --resources=cpu=4,gpu=1
 
 Each --sweep multiplies the trials; fields that move together are written
 --sweep=attention,num_kv_heads=gqa:2,mqa:0. Run again, it does only what is missing. Exit codes: 0
 all done, 1 some trial failed, 2 a mistake in what was given, 143 stopped by SIGTERM, 130 by Ctrl-C.
 """
 
+# ruff: noqa: E402
 import math
 
 from absl import flags
 
 from configs import base
-from mla import (
-  backends,
-  cli,
-  frontier,
-  looks,
-  page,
-  paths,
-  ray_engine,
-  report,
-  signals,
-  sweep,
-  trials,
-)
-from mla import config as config_lib
-from mla.errors import UserError
+from mla import cli
 
-CONFIG = cli.define_config('--config=configs/mla_small.py')
+CONFIG = cli.define_config('--config=configs/mla_small.py', base)
 SWEEP = flags.DEFINE_multi_string('sweep', [], 'FIELD=VALUE,VALUE,...; give it again for each axis')
 ARMS = flags.DEFINE_string('arms', None, 'a file of named arms, e.g. configs/sweeps/frontier.py')
 WORKDIR = flags.DEFINE_string('workdir', None, 'where trials and results are kept')
@@ -53,12 +44,32 @@ TUNE = flags.DEFINE_bool(
   'tune_on_first_seed', False, 'other seeds take the learning rate that was best with the first'
 )
 REFERENCE = flags.DEFINE_string('reference', '', 'the arm to compare with; the largest cache')
-MARGIN = flags.DEFINE_float('margin', frontier.MARGIN, 'nats a token that the sweet spot may lose')
+MARGIN = flags.DEFINE_float(
+  'margin', None, 'nats a token that the sweet spot may lose; 0.02 when not given'
+)
+
+if __name__ == '__main__':
+  cli.begin(say='loading JAX')
+
+from mla import (
+  backends,
+  frontier,
+  looks,
+  page,
+  paths,
+  ray_engine,
+  report,
+  signals,
+  sweep,
+  trials,
+)
+from mla import config as config_lib
+from mla.errors import UserError
 
 
 def main() -> int:
   if CONFIG.value is None:
-    raise UserError('--config: which? e.g. --config=configs/mla_small.py')
+    raise cli.which_config()
   if WORKDIR.value is None:
     raise UserError('--workdir: where to? e.g. --workdir=runs/sweep')
   if not SWEEP.value and ARMS.value is None:
@@ -70,8 +81,9 @@ def main() -> int:
   names = {trial.arm for trial in todo}
   if REFERENCE.value and REFERENCE.value not in names:
     raise UserError(f'--reference={REFERENCE.value}: no such arm; choose one of {sorted(names)}')
-  if not 0 <= MARGIN.value < math.inf:
-    raise UserError(f'--margin={MARGIN.value}: must be 0 or positive, and finite')
+  margin = frontier.MARGIN if MARGIN.value is None else MARGIN.value
+  if not 0 <= margin < math.inf:
+    raise UserError(f'--margin={margin}: must be 0 or positive, and finite')
   rows = math.gcd(*(t.config.batch_size // t.config.accumulation_steps for t in todo))
   backends.prepare(rows, mesh=CONFIG.value.mesh.to_dict())
   engine = make_engine()
@@ -88,7 +100,7 @@ def main() -> int:
   if not done or (REFERENCE.value and REFERENCE.value not in done):
     print(f'no report: {REFERENCE.value or "every trial"} failed; see {folder / "logs"}')
     return cli.EXIT_FAILED
-  print('\n' + report.write(folder, REFERENCE.value, MARGIN.value))
+  print('\n' + report.write(folder, REFERENCE.value, margin))
   print(page.write(folder, config_lib.flatten(base.get_config())))
   return cli.EXIT_FAILED if any(line['status'] == 'failed' for line in lines) else 0
 

@@ -1,6 +1,8 @@
 """Trains a model.
 
-  python train.py --config=configs/mla_small.py [--workdir=DIR] [--config.FIELD=VALUE ...]
+  python train.py --config=configs/mla_small.py
+  python train.py --config=configs/mla_small.py --workdir=runs/c16 --config.latent_dim=16
+  python train.py --config=configs/mla_medium.py --dry_run --target=v5e:2x4
 
 Run again with the same workdir, it goes on from the last checkpoint. With --dry_run nothing is
 trained: the training step is compiled, for this machine or for --target's, and what it needs is
@@ -8,18 +10,18 @@ printed. Exit codes: 0 trained, 2 a mistake in what was given, 1 the loss diverg
 failed, 143 stopped by SIGTERM and 130 by Ctrl-C, with everything saved.
 """
 
+# ruff: noqa: E402
 import json
 
 from absl import flags
 
-from mla import backends, cli, config, dry_run, files, hosts, paths, signals, targets
-from mla.errors import UserError
-from mla.train import train_and_evaluate
+from configs import base
+from mla import cli
 
-CONFIG = cli.define_config('--config=configs/mla_small.py')
+CONFIG = cli.define_config('--config=configs/mla_small.py', base)
 WORKDIR = flags.DEFINE_string('workdir', None, 'where the run is kept; runs/CONFIG when not given')
 DRY_RUN = flags.DEFINE_bool('dry_run', False, 'compile only, and say what the run needs')
-TARGET = flags.DEFINE_string('target', None, f'with --dry_run: {targets.EXAMPLES}')
+TARGET = flags.DEFINE_string('target', None, 'with --dry_run: v5e:2x4, h100 and the like')
 JSON = flags.DEFINE_string('json', None, 'with --dry_run: write the figures here')
 FIT_BATCH = flags.DEFINE_bool('fit_batch', False, 'with --dry_run: the most rows at once that fit')
 CONTEXT = flags.DEFINE_integer('context', None, "with --dry_run: a user's tokens, for their caches")
@@ -30,10 +32,17 @@ COORDINATOR = flags.DEFINE_string('coordinator', None, 'with --multihost: HOST:P
 PROCESS_ID = flags.DEFINE_integer('process_id', None, 'with --multihost: which of them this is')
 NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'with --multihost: how many there are')
 
+if __name__ == '__main__':
+  cli.begin(say='loading JAX')
+
+from mla import backends, config, dry_run, files, hosts, paths, signals, targets
+from mla.errors import UserError
+from mla.train import train_and_evaluate
+
 
 def main() -> int:
   if CONFIG.value is None:
-    raise UserError('--config: which? e.g. --config=configs/mla_small.py')
+    raise cli.which_config()
   config.validate(CONFIG.value)  # the next lines count on it
   if DRY_RUN.value:
     return only_compile()

