@@ -1,8 +1,8 @@
 """Evaluates runs: perplexity read through the KV cache, against the bytes of that cache.
 
-python eval.py --workdir=runs/mla_small --workdir=runs/mha_small
-python eval.py --workdir=runs/mla_small --cache_dtype=int8
-python eval.py --workdir=runs/mla_small --json=small.json --plot=small.png
+  python eval.py --workdir=runs/mla_small --workdir=runs/mha_small
+  python eval.py --workdir=runs/mla_small --cache_dtype=int8
+  python eval.py --workdir=runs/mla_small --json=small.json --plot=small.png
 
 Prints a table, a line a run, by the bytes of the caches; mla/evaluate.py states the protocol.
 """

@@ -23,13 +23,13 @@ def get_config() -> ConfigDict:
       # The ffn_dim that is solved and the vocabulary become multiples of this, so that they split
       # over devices and fill their matmul units; what the vocabulary gains is never predicted. 0
       # leaves the vocabulary as it is, and takes the roundest ffn_dim that is near enough.
-      'round_to': 0,
+      'round_to': 0,  # the solved ffn_dim and the vocabulary become multiples of it
       # Rotary wavelengths reach from 2 pi to 2 pi rope_base tokens. 10,000 is for contexts of
       # thousands; at 256 it leaves half of the pairs nothing to tell apart (docs/log.md).
       'rope_base': 100.0,
       # Of a context stretched beyond the trained one: none | yarn:... | llama3:..., for models that
       # came from elsewhere (mla/rope_scaling.py has the numbers' names).
-      'rope_scaling': 'none',
+      'rope_scaling': 'none',  # none | yarn:... | llama3:... (mla/rope_scaling.py)
       'norm_eps': 1e-6,  # what RMSNorm adds to the mean square; MLA's latents always have 1e-6
       'tie_embeddings': False,  # whether the embedding makes the logits too
       # Of the embedding's first values. Of 0.02, 0.09, 0.15 and 1.0 the best at width 128
