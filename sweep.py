@@ -1,4 +1,4 @@
-"""Trains and compares many arms.
+r"""Trains and compares many arms.
 
   python sweep.py --config=configs/mla_small.py --workdir=runs/latents \
     --sweep=latent_dim=16,32,64 --sweep=seed=0,1,2
