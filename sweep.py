@@ -8,13 +8,19 @@ r"""Trains and compares many arms.
   python sweep.py --config=configs/mla_small.py --workdir=runs/ray --sweep=seed=0,1 \
     --engine=ray --resources=cpu=4,gpu=1
 
+With --dry_run [--target=v5e:2x4] [--price=DOLLARS] [--mfu=0.4] [--json=F] nothing is trained: each
+distinct training step is compiled, for this machine or for --target's, and what it needs, and with
+a price what all trials cost, is printed.
+
 Each --sweep multiplies the trials; fields that move together are written
 --sweep=attention,num_kv_heads=gqa:2,mqa:0. Run again, it does only what is missing. Exit codes: 0
 all done, 1 some trial failed, 2 a mistake in what was given, 143 stopped by SIGTERM, 130 by Ctrl-C.
 """
 
 # ruff: noqa: E402
+import json
 import math
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -44,6 +50,11 @@ TUNE = flags.DEFINE_bool(
   'tune_on_first_seed', False, 'other seeds take the learning rate that was best with the first'
 )
 REFERENCE = flags.DEFINE_string('reference', '', 'the arm to compare with; the largest cache')
+DRY_RUN = flags.DEFINE_bool('dry_run', False, 'compile only, and say what the trials need')
+TARGET = flags.DEFINE_string('target', None, 'with --dry_run: v5e:2x4, h100 and the like')
+JSON = flags.DEFINE_string('json', None, 'with --dry_run: write the figures here')
+PRICE = flags.DEFINE_float('price', None, 'with --dry_run: dollars a device and hour, for the cost')
+MFU = flags.DEFINE_float('mfu', None, 'with --price: share of the peak in useful FLOPs, 0.4')
 MARGIN = flags.DEFINE_float(
   'margin', None, 'nats a token that the sweet spot may lose; 0.02 when not given'
 )
@@ -53,6 +64,8 @@ if __name__ == '__main__':
 
 from mla import (
   backends,
+  dry_sweep,
+  files,
   frontier,
   looks,
   page,
@@ -61,6 +74,7 @@ from mla import (
   report,
   signals,
   sweep,
+  targets,
   trials,
 )
 from mla import config as config_lib
@@ -70,22 +84,26 @@ from mla.errors import UserError
 def main() -> int:
   if CONFIG.value is None:
     raise cli.which_config()
-  if WORKDIR.value is None:
+  if WORKDIR.value is None and not DRY_RUN.value:
     raise UserError('--workdir: where to? e.g. --workdir=runs/sweep')
   if not SWEEP.value and ARMS.value is None:
     raise UserError('--sweep: over what? e.g. --sweep=latent_dim=16,32 --sweep=seed=0,1,2')
-  folder = paths.folder('workdir', WORKDIR.value)
-  paths.check_workdir(folder)
   arms = trials.load_arms(ARMS.value) if ARMS.value is not None else {}
   todo = trials.expand(CONFIG.value, arms, [trials.parse_axis(axis) for axis in SWEEP.value])
+  if DRY_RUN.value:
+    return only_compile(todo)
+  for flag in (TARGET, JSON, PRICE, MFU):
+    if flag.present:
+      raise UserError(f'--{flag.name}: goes with --dry_run; add that, or leave it out')
+  folder = paths.folder('workdir', WORKDIR.value or '')
+  paths.check_workdir(folder)
   names = {trial.arm for trial in todo}
   if REFERENCE.value and REFERENCE.value not in names:
     raise UserError(f'--reference={REFERENCE.value}: no such arm; choose one of {sorted(names)}')
   margin = frontier.MARGIN if MARGIN.value is None else MARGIN.value
   if not 0 <= margin < math.inf:
     raise UserError(f'--margin={margin}: must be 0 or positive, and finite')
-  rows = math.gcd(*(t.config.batch_size // t.config.accumulation_steps for t in todo))
-  backends.prepare(rows, mesh=CONFIG.value.mesh.to_dict())
+  prepare(todo)
   engine = make_engine()
   looks.read(folder)  # if damaged, refused before hours of training
   missing = sweep.missing(todo, folder)
@@ -103,6 +121,27 @@ def main() -> int:
   print('\n' + report.write(folder, REFERENCE.value, margin))
   print(page.write(folder, config_lib.flatten(base.get_config())))
   return cli.EXIT_FAILED if any(line['status'] == 'failed' for line in lines) else 0
+
+
+def only_compile(todo: Sequence[trials.Trial]) -> int:
+  json_file = paths.output('json', JSON.value, 'target')
+  if targets.is_here(TARGET.value):
+    prepare(todo)
+  report = dry_sweep.answer(todo, target=TARGET.value, price=PRICE.value, mfu=MFU.value)
+  print('\n' + dry_sweep.card(report))
+  if json_file:
+    try:
+      files.write_whole(json_file, json.dumps(report, indent=2) + '\n')
+    except OSError as error:
+      raise files.cannot(
+        f'--json={json_file}: cannot be written', error, 'choose another'
+      ) from error
+  return 0
+
+
+def prepare(todo: Sequence[trials.Trial]) -> None:
+  rows = math.gcd(*(t.config.batch_size // t.config.accumulation_steps for t in todo))
+  backends.prepare(rows, mesh=CONFIG.value.mesh.to_dict())
 
 
 def make_engine() -> sweep.Engine:

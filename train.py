@@ -25,6 +25,7 @@ TARGET = flags.DEFINE_string('target', None, 'with --dry_run: v5e:2x4, h100 and 
 JSON = flags.DEFINE_string('json', None, 'with --dry_run: write the figures here')
 FIT_BATCH = flags.DEFINE_bool('fit_batch', False, 'with --dry_run: the most rows at once that fit')
 CONTEXT = flags.DEFINE_integer('context', None, "with --dry_run: a user's tokens, for their caches")
+BATCH = flags.DEFINE_integer('batch', None, 'with --dry_run: users at once, for their caches')
 PRICE = flags.DEFINE_float('price', None, 'with --dry_run: dollars a device and hour, for the cost')
 MFU = flags.DEFINE_float('mfu', None, 'with --price: share of the peak in useful FLOPs, 0.4')
 MULTIHOST = flags.DEFINE_bool('multihost', False, 'train as one of several processes, all alike')
@@ -46,7 +47,7 @@ def main() -> int:
   config.validate(CONFIG.value)  # the next lines count on it
   if DRY_RUN.value:
     return only_compile()
-  for flag in (TARGET, JSON, FIT_BATCH, CONTEXT, PRICE, MFU):
+  for flag in (TARGET, JSON, FIT_BATCH, CONTEXT, BATCH, PRICE, MFU):
     if flag.present:
       raise UserError(f'--{flag.name}: goes with --dry_run; add that, or leave it out')
   for flag in (COORDINATOR, PROCESS_ID, NUM_PROCESSES):
@@ -79,6 +80,7 @@ def only_compile() -> int:
     CONFIG.value,
     target=TARGET.value,
     context=CONTEXT.value,
+    batch=BATCH.value,
     fit_batch=FIT_BATCH.value,
     price=PRICE.value,
     mfu=MFU.value,

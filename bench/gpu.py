@@ -23,11 +23,10 @@ import time
 import numpy as np
 
 from bench import harness
+from mla import targets
 
 STEPS, WARM_UP = 20, 5
 VOCAB = 32_000
-# Dense bfloat16 FLOP/s by the vendor's data sheets, by a part of the card's name.
-PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'L4': 121e12}
 COPY_BYTES = 2 << 30
 
 
@@ -220,7 +219,8 @@ def main() -> None:
     blockwise=0,
   )
   name = harness.gpu()
-  peak = next((flops for part, flops in PEAKS.items() if part in name), None)
+  chip = targets.chip(name)
+  peak = chip and chip.flops
   rows = []
   for variant in args.variants.split(','):
     case = {

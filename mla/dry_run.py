@@ -50,6 +50,7 @@ def answer(
   *,
   target: str | None = None,
   context: int | None = None,
+  batch: int | None = None,
   fit_batch: bool = False,
   price: float | None = None,
   mfu: float | None = None,
@@ -61,6 +62,19 @@ def answer(
   config_lib.validate(config)
   if context is not None and context < 1:
     raise UserError(f'--context={context}: must be a positive number of tokens')
+  if batch is not None and batch < 1:
+    raise UserError(f'--batch={batch}: must be a positive number of conversations')
+  found = find(target, price, mfu)
+  report = measure(config, found, context=context or config.seq_len, batch=batch or 1)
+  if fit_batch:
+    report['largest_rows_at_once'] = largest_rows(config, found)
+  if price is not None:
+    report['run'] = run_costs(report, found, price, MFU if mfu is None else mfu)
+  return report
+
+
+def find(target: str | None, price: float | None, mfu: float | None) -> Target:
+  """targets.find, with a UserError for a price that can't be used there."""
   if price is not None and not 0 < price < math.inf:
     raise UserError(f'--price={price}: must be a positive number of dollars')
   if mfu is not None and not 0 < mfu <= 1:
@@ -70,15 +84,10 @@ def answer(
   found = targets.find(target)
   if price is not None and found.chip.flops is None:
     raise UserError(f'--price: the peak of {found.name} is not known; name a --target')
-  report = measure(config, found, context=context or config.seq_len)
-  if fit_batch:
-    report['largest_rows_at_once'] = largest_rows(config, found)
-  if price is not None:
-    report['run'] = run_costs(report, found, price, MFU if mfu is None else mfu)
-  return report
+  return found
 
 
-def measure(config: ConfigDict, target: Target, *, context: int) -> dict[str, Any]:
+def measure(config: ConfigDict, target: Target, *, context: int, batch: int = 1) -> dict[str, Any]:
   """What the compiler and the traced step say of the config on the target's devices."""
   vocab = memory.vocabulary(config)
   if vocab == 1:
@@ -147,6 +156,8 @@ def measure(config: ConfigDict, target: Target, *, context: int) -> dict[str, An
     'num_steps': config.num_steps,
     'cache_bytes_per_token': cache / context,
     'context': context,
+    'batch': batch,
+    'cache_bytes': batch * cache,
     'users_per_device': None if room is None else max(0, room // cache),
   }
 
@@ -343,7 +354,10 @@ def card(report: dict[str, Any], config: ConfigDict) -> str:
     )
   if report['kernels']:
     rows.append(('kernels', ', '.join(report['kernels'])))
-  cache = f'{report["cache_bytes_per_token"]:,.0f} bytes a token in bfloat16'
+  cache = (
+    f'{report["cache_bytes_per_token"]:,.0f} bytes a token in bfloat16, '
+    f'{_size(report["cache_bytes"])} of {report["batch"]:,} x {report["context"]:,} tokens'
+  )
   if report['users_per_device'] is not None:
     cache += (
       f'; beside the weights in bfloat16 a device holds {report["users_per_device"]:,} users of '

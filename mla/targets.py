@@ -3,8 +3,8 @@
 Sources. TPUs: the tables of docs.cloud.google.com/tpu/docs/v5e, v5p and v6e; of the two directions
 that "bidirectional" counts, links have one here, all of a chip's together. What a program may have
 of the memory, somewhat less than the tables say, is what libtpu's compiler (0.0.42) names where it
-refuses one. H100: NVIDIA's data sheet of the SXM5 (dense bfloat16, NVLink); its memory as the
-driver reports it.
+refuses one. GPUs: NVIDIA's data sheets of H100 SXM5, H200 SXM, A100 SXM of 80 GB and L4 (dense
+bfloat16; NVLink, of the L4 PCIe); the H100's memory as the driver reports it.
 """
 
 import importlib.util
@@ -35,6 +35,9 @@ CHIPS = {
   'v5p': Chip(int(95.74 * GIB), 459e12, 2765e9, 600e9),
   'v6e': Chip(int(31.25 * GIB), 918e12, 1640e9, 400e9),
   'h100': Chip(84_978_434_048, 989.4e12, 3350e9, 450e9),
+  'h200': Chip(141 * 10**9, 989.4e12, 4800e9, 450e9),
+  'a100': Chip(80 * 10**9, 312e12, 2039e9, 300e9),
+  'l4': Chip(24 * 10**9, 121e12, 300e9, 32e9),
 }
 # How a device that is there calls its kind.
 KINDS = {
@@ -45,6 +48,9 @@ KINDS = {
   'TPU v6 lite': 'v6e',
   'TPU v6e': 'v6e',
   'NVIDIA H100 80GB HBM3': 'h100',
+  'NVIDIA H200': 'h200',
+  'NVIDIA A100-SXM4-80GB': 'a100',
+  'NVIDIA L4': 'l4',
 }
 
 # What XLA's GPU compiler has to know of an H100, as it describes one itself.
@@ -83,6 +89,11 @@ class Target(NamedTuple):
   devices: Sequence[jax.Device]
 
 
+def chip(kind: str) -> Chip | None:
+  """What a device that calls its kind so has; None of one that is not known, CPUs among them."""
+  return CHIPS[KINDS[kind]] if kind in KINDS else None
+
+
 def is_here(name: str | None) -> bool:
   """Whether the target is this machine, which train.py would use."""
   return name in (None, 'cpu')
@@ -113,12 +124,9 @@ def _here() -> Target:
   kind = devices[0].device_kind
   if devices[0].platform == 'cpu':  # they share the memory
     return Target('cpu', Chip(memory.available() // len(devices), None, None, None), devices)
-  if kind in KINDS:
-    chip = CHIPS[KINDS[kind]]
-    limit = (devices[0].memory_stats() or {}).get('bytes_limit')
-    return Target(kind, chip._replace(memory=limit or chip.memory), devices)
   limit = (devices[0].memory_stats() or {}).get('bytes_limit')
-  return Target(kind, Chip(limit, None, None, None), devices)
+  known = chip(kind) or Chip(None, None, None, None)
+  return Target(kind, known._replace(memory=limit or known.memory), devices)
 
 
 def _tpus(name: str) -> Sequence[jax.Device]:

@@ -11,7 +11,7 @@ from conftest import TINY, tiny_config
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mla import cost, dry_run, hlo, sharding, targets
+from mla import cost, dry_run, dry_sweep, hlo, sharding, targets, trials
 from mla.attention import make_attention
 from mla.errors import UserError
 from mla.model import count_params, make_model
@@ -34,7 +34,7 @@ def machine(devices: int, chip: targets.Chip = CHIP) -> targets.Target:
 def test_memory_is_the_compilers():
   """Against a step compiled here."""
   config = tiny_config('mla', num_layers=1, **SPLIT)
-  report = dry_run.measure(config, machine(8), context=100)
+  report = dry_run.measure(config, machine(8), context=100, batch=5)
   assert set(CONTRACT) <= set(report)
   json.dumps(report)
   mesh = sharding.make_mesh(config.mesh.to_dict())
@@ -61,6 +61,7 @@ def test_memory_is_the_compilers():
   assert report['optimizer_bytes_per_device'] == held(state.opt_state)
   assert report['params_total'] == count_params(make_model(config, 257))[0]
   assert report['cache_bytes_per_token'] == 2 * (14 + 4)  # bytes, C + R
+  assert report['cache_bytes'] == 5 * 100 * 2 * (14 + 4)
   users = (2**30 - 2 * report['params_total']) // (100 * report['cache_bytes_per_token'])
   assert report['users_per_device'] == users
 
@@ -127,6 +128,38 @@ def test_the_largest_batch_is_searched_in_powers_of_two():
     target = machine(1, CHIP._replace(memory=room))
     assert dry_run.largest_rows(config, target, said.append) == rows
   assert any('8 rows at once: do not fit' in line for line in said)
+
+
+def test_a_sweeps_steps_are_compiled_once_each_and_its_trials_summed(monkeypatch):
+  """Three distinct steps of eight trials; the cost is that of eight dry runs with a price."""
+  config = tiny_config('mla', num_layers=1)
+  arms = {
+    'small': {'latent_dim': 8, 'num_steps': 100},
+    'large': {'latent_dim': 24},
+    'same': {'latent_dim': 8, 'weight_decay': 0.0},
+    'shared': {'attention': 'mqa'},
+  }
+  todo = trials.expand(config, arms, [trials.parse_axis('seed=0,1')])
+  measured = []
+  measure = dry_run.measure
+  monkeypatch.setattr(dry_run, 'measure', lambda *a, **k: measured.append(a) or measure(*a, **k))
+  monkeypatch.setattr(targets, 'find', lambda name: machine(1))
+  said: list[str] = []
+  report = dry_sweep.answer(todo, price=3.0, mfu=0.5, say=said.append)
+  assert len(measured) == len(said) == len(report['steps']) == 3 and report['trials'] == 8
+  assert report['steps'][0]['arms'] == ['small', 'same'] and report['steps'][0]['trials'] == 4
+  dollars = sum(
+    dry_run.run_costs(
+      {**step, 'num_steps': trial.config.num_steps}, machine(1), price=3.0, mfu=0.5
+    )['dollars']
+    for trial in todo
+    for step in report['steps']
+    if trial.arm in step['arms']
+  )
+  assert report['dollars'] == pytest.approx(dollars) and report['fits']
+  json.dumps(report)
+  card = dry_sweep.card(report).splitlines()
+  assert card[-1].split()[:2] == ['all', '8'] and 'small same' in card[4]
 
 
 def test_collectives_are_counted_with_their_loops_turns():
@@ -263,8 +296,8 @@ def test_chips_are_alike_in_their_proportions():
   """A slip of the table would show in what all generations have in common."""
   for chip in targets.CHIPS.values():
     assert 100 < chip.flops / chip.bandwidth < 700  # FLOPs a byte
-    assert 5e-3 < chip.memory / chip.bandwidth < 0.06  # seconds to read all of it
-    assert 1 < chip.bandwidth / chip.links < 10
+    assert 5e-3 < chip.memory / chip.bandwidth < 0.1  # seconds to read all of it
+    assert 1 < chip.bandwidth / chip.links < 12
 
 
 @pytest.mark.parametrize(
@@ -276,6 +309,7 @@ def test_chips_are_alike_in_their_proportions():
     ({'mfu': 0.5}, '--mfu=0.5: goes with --price'),
     ({'price': 1.0, 'mfu': 1.5}, '--mfu=1.5: must be'),
     ({'context': 0}, '--context=0: must be'),
+    ({'batch': 0}, '--batch=0: must be'),
   ],
 )
 def test_mistakes(asked, named):
