@@ -13,6 +13,9 @@ def get_config() -> ConfigDict:
       'value_head_dim': 0,  # V; 0 means head_dim
       'num_kv_heads': 0,  # K, gqa only; mha has H of them, mqa 1
       'latent_dim': 0,  # C, mla only: the width of the cached latent
+      # mla only: the widths to which its latent can be cut after training, as 8,16,32,64 of
+      # latent_dim=64 (mla/attention/nested.py); '' for one that can't.
+      'nested': '',
       'rope_dim': 0,  # R: mla's shared rotary key; else how many of head_dim turn, 0 for all
       'query_latent_dim': 0,  # Q, mla only; 0 means queries are projected straight from the input
       # The rest of the model.

@@ -29,7 +29,7 @@ POSITIVE = (
 NOT_NEGATIVE = 'value_head_dim ffn_dim warmup_steps seed'.split()
 OF_VARIANTS = tuple(dict.fromkeys(name for its in VARIANTS.values() for name in its.fields))
 TEXTS = (
-  'attention attention_impl dtype remat data.dataset data.text_key data.train_split '
+  'attention attention_impl nested dtype remat data.dataset data.text_key data.train_split '
   'data.validation_split data.data_dir data.files data.validation_files data.tokenizer '
   'rope_scaling'
 ).split()
@@ -51,6 +51,7 @@ ADDED: dict[str, Any] = {
   'norm_eps': 1e-6,
   'tie_embeddings': False,
   'round_to': 0,
+  'nested': '',
 }
 FIELDS = {*POSITIVE, *NOT_NEGATIVE, *OF_VARIANTS, *TEXTS, *MESH, *FLOATS, *ADDED}
 

@@ -52,12 +52,17 @@ class Block(nnx.Module):
     self.ffn = FeedForward(config, rngs)
 
   def parallel(
-    self, x: Float[Array, 'B T D'], positions: Positions
+    self, x: Float[Array, 'B T D'], positions: Positions, widths: Int[Array, ' B'] | None = None
   ) -> tuple[Float[Array, 'B T D'], dict[str, Array]]:
-    """All tokens at once; also returns what a cache would keep of them."""
+    """All tokens at once; also returns what a cache would keep of them.
+
+    widths: to which each row's nested latent is cut (mla/attention/nested.py).
+    """
     x = constrain(x, 'B', 'T', 'D_whole')
     h = self.attention_norm(x)
     entries = self.attention.compress(h, positions)
+    if widths is not None:
+      entries = self.attention.cut(entries, widths)
     entries = {name: checkpoint_name(entry, remat.LATENTS) for name, entry in entries.items()}
     x = x + self.attention.attend(h, entries, positions)
     return x + self.ffn(self.ffn_norm(x)), entries
@@ -143,25 +148,34 @@ def forward(model: Decoder, tokens: Int[Array, 'B T']) -> Float[Array, 'B T voca
   return model.logits(_parallel(model, tokens)[0])
 
 
-def states(model: Decoder, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
-  """What unembedding() makes forward's logits of; mla/loss.py does without them."""
-  return model.norm(_parallel(model, tokens)[0])
+def states(
+  model: Decoder, tokens: Int[Array, 'B T'], widths: Int[Array, 'B L'] | None = None
+) -> Float[Array, 'B T D']:
+  """What unembedding() makes forward's logits of; mla/loss.py does without them.
+
+  widths: to which each row's nested latent is cut in each layer; None: to none.
+  """
+  return model.norm(_parallel(model, tokens, widths)[0])
 
 
-def _parallel(model: Decoder, tokens: Array) -> tuple[Array, dict[str, Array]]:
+def _parallel(
+  model: Decoder, tokens: Array, widths: Array | None = None
+) -> tuple[Array, dict[str, Array]]:
   """The last block's output, and what a cache would keep: entries[name] is [L, B, T, *shape]."""
   positions = np.arange(tokens.shape[1])[None]
   graphdef, stacked = nnx.split(model.blocks)
 
-  def block(x, leaves):
-    return nnx.merge(graphdef, leaves).parallel(x, positions)
+  def block(x, layer):
+    leaves, widths = layer
+    return nnx.merge(graphdef, leaves).parallel(x, positions, widths)
 
   # Rolled, a scan stacks what the backward pass needs and costs a step 12 %; but only a loop's body
   # is safe from having its recomputation merged away, so remat keeps it.
   unroll = model.remat == 'none' and model.num_layers <= MOST_UNROLLED
   if model.remat != 'none':
     block = jax.checkpoint(block, policy=remat.POLICIES[model.remat], prevent_cse=False)
-  return jax.lax.scan(block, model.embed(tokens), stacked, unroll=unroll)
+  layers = (stacked, None if widths is None else widths.T)
+  return jax.lax.scan(block, model.embed(tokens), layers, unroll=unroll)
 
 
 def allocate_cache(model: Decoder, *, batch: int, slots: int, dtype: str) -> Cache:

@@ -23,6 +23,7 @@ from mla import backends, hosts, memory, sharding
 from mla import config as config_lib
 from mla import loss as loss_lib
 from mla import model as model_lib
+from mla.attention import nested
 from mla.checkpoint import Checkpoints
 from mla.data import tokenizers
 from mla.data.pipeline import Data, EvalWindows, eval_windows, load_data, skip_to, train_batches
@@ -39,7 +40,7 @@ class TrainState(NamedTuple):
   params: Any  # nnx.State of Params
   opt_state: Any
   step: Int[Array, '']
-  key: Key[Array, '']  # for sampling text; training itself draws nothing
+  key: Key[Array, '']  # for sampling text, and the widths of nested latents
 
 
 class Ending(enum.Enum):
@@ -223,14 +224,15 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Float[Array, '']]]:
   """One update on a batch: the mean gradient over accumulation_steps micro-batches."""
 
-  def loss_fn(params, tokens):
-    return mean_nll(nnx.merge(graphdef, params), tokens)
+  def loss_fn(params, batch):
+    return mean_nll(nnx.merge(graphdef, params), *batch)
 
+  batch = (tokens, _draw_widths(config, state, len(tokens)))
   loss_and_grads = jax.value_and_grad(loss_fn)
   if config.accumulation_steps == 1:
-    loss, grads = loss_and_grads(state.params, tokens)
+    loss, grads = loss_and_grads(state.params, batch)
   else:
-    loss, grads = accumulate(loss_and_grads, config.accumulation_steps, state.params, tokens)
+    loss, grads = accumulate(loss_and_grads, config.accumulation_steps, state.params, batch)
   with jax.numpy_dtype_promotion('standard'):  # which optax counts on
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
@@ -238,31 +240,43 @@ def train_step(
   return TrainState(params, opt_state, state.step + 1, state.key), measured
 
 
-def accumulate(loss_and_grads, steps: int, params, tokens: Int[Array, 'B window']):
+def _draw_widths(config: ConfigDict, state: TrainState, rows: int) -> Int[Array, 'B L'] | None:
+  """To which this step cuts each row's latents, in each layer; None where none are nested."""
+  widths = nested.widths_of(config)
+  if not widths:
+    return None
+  drawn = nested.draw_widths(widths, state.key, state.step, rows)
+  return jnp.broadcast_to(drawn[:, None], (rows, config.num_layers))
+
+
+def accumulate(loss_and_grads, steps: int, params, batch):
   """The mean of loss_and_grads(params, micro-batch) over `steps` micro-batches.
+
+  batch is a tree of arrays whose first axis is the rows.
 
   Every device adds up those of its own rows, and along data the sums are exchanged once, at the
   end. Along fsdp that is done for each micro-batch, or each device would hold the whole gradient;
   with tensor along data too, for XLA's partitioner fails where it has that and fsdp to itself.
   """
 
-  def local(params, tokens):
+  def local(params, batch):
     # Every micro-batch takes rows from each device's part of the batch, so none is moved.
-    micro = tokens.reshape(-1, steps, tokens.shape[1]).swapaxes(0, 1)
+    def split(x):
+      return x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1)
 
-    def micro_step(total, tokens):
-      return jax.tree.map(jnp.add, total, loss_and_grads(params, tokens)), None
+    def micro_step(total, batch):
+      return jax.tree.map(jnp.add, total, loss_and_grads(params, batch)), None
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), jnp.float32), params))
-    total, _ = jax.lax.scan(micro_step, zeros, micro)
+    total, _ = jax.lax.scan(micro_step, zeros, jax.tree.map(split, batch))
     return jax.tree.map(lambda part: part / steps, total)
 
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.shape['data'] == 1 or mesh.shape['tensor'] > 1:
-    return local(params, tokens)
+    return local(params, batch)
 
-  def on_a_replica(params, tokens):
-    return jax.lax.pmean(local(params, tokens), 'data')
+  def on_a_replica(params, batch):
+    return jax.lax.pmean(local(params, batch), 'data')
 
   spec = PartitionSpec
   return jax.shard_map(
@@ -271,12 +285,16 @@ def accumulate(loss_and_grads, steps: int, params, tokens: Int[Array, 'B window'
     out_specs=spec(),
     axis_names={'data'},
     check_vma=False,
-  )(params, tokens)
+  )(params, batch)
 
 
-def mean_nll(model: model_lib.Decoder, tokens: Int[Array, 'B window']) -> Float[Array, '']:
+def mean_nll(
+  model: model_lib.Decoder,
+  tokens: Int[Array, 'B window'],
+  widths: Int[Array, 'B L'] | None = None,
+) -> Float[Array, '']:
   """The mean negative log-likelihood of the targets in nats, all positions in parallel."""
-  x = model_lib.states(model, tokens[:, :-1])
+  x = model_lib.states(model, tokens[:, :-1], widths)
   return loss_lib.mean_nll(x, model.unembedding(), tokens[:, 1:], model.vocab)
 
 

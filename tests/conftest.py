@@ -63,6 +63,7 @@ ARMS = {
     'rope_dim': 4,
     'query_latent_dim': 18,
   },
+  'mla_nested': {'attention': 'mla', 'latent_dim': 14, 'rope_dim': 4, 'nested': '4,8,14'},
 }
 
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from mla import backends
 from mla.attention.grouped import GQA, MHA, MQA
-from mla.attention.latent import MLA
+from mla.attention.nested import MLA
 from mla.attention.variant import Variant
 from mla.cache import Stored
 

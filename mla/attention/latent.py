@@ -11,6 +11,7 @@ which is the same function because the products associate:
 from collections.abc import Iterator
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
@@ -53,15 +54,19 @@ class LatentAttention(nnx.Module):
 
   def compress(self, x: Float[Array, 'B T D'], positions: Positions) -> dict[str, Array]:
     """What the cache keeps of each token: normed latent [B,T,C], turned key [B,T,R] (eq. 9, 15)."""
-    latent = self.latent_norm(project(x, self.w_dkv))
-    return {'latent': latent, 'k_rope': rope(project(x, self.w_kr), positions, self.rotation)}
+    return {**self._latents(x), 'k_rope': rope(project(x, self.w_kr), positions, self.rotation)}
+
+  def _latents(self, x: Float[Array, 'B T D']) -> dict[str, Array]:
+    """The normed latent, in the parts that it is kept in."""
+    return {'latent': self.latent_norm(project(x, self.w_dkv))}
 
   def attend(
     self, x: Float[Array, 'B T D'], entries: dict[str, Array], positions: Positions
   ) -> Float[Array, 'B T D']:
     """Expanded: tokens attend to those before them, keys and values per head (eq. 10-19)."""
-    keys = [project(entries['latent'], self.w_uk), entries['k_rope'][:, :, None, :]]
-    values = project(entries['latent'], self.w_uv)
+    latent = jnp.concatenate([entries[name] for name in self._parts()], axis=-1)
+    keys = [project(latent, self.w_uk), entries['k_rope'][:, :, None, :]]
+    values = project(latent, self.w_uv)
     out = causal_attention(
       self._queries(x, positions), keys, values, scale=self.scale, impl=self.impl
     )
@@ -73,12 +78,17 @@ class LatentAttention(nnx.Module):
     """Absorbed: the T newest tokens, already in the cache, attend to its latents as they lie."""
     q_nope, q_rope = self._queries(x, positions)
     q_latent = jnp.einsum('bthn,chn->bthc', q_nope, self.w_uk[...].astype(x.dtype))
-    latent, k_rope = _one_head(cached['latent']), _one_head(cached['k_rope'])
-    mixed = cached_attention(
-      [q_latent, q_rope], [latent, k_rope], [latent], positions, scale=self.scale, impl=self.impl
-    )
+    latents = [_one_head(cached[name]) for name in self._parts()]
+    ends = np.cumsum([stored.values.shape[-1] for stored in latents])
+    queries = [*jnp.split(q_latent, ends[:-1], axis=-1), q_rope]
+    keys = [*latents, _one_head(cached['k_rope'])]
+    mixed = cached_attention(queries, keys, latents, positions, scale=self.scale, impl=self.impl)
     out = jnp.einsum('bthc,chv->bthv', mixed, self.w_uv[...].astype(x.dtype))
     return project(out, self.w_o, inputs=2)
+
+  def _parts(self) -> list[str]:
+    """The latent's, in order; that of a dict which JAX has taken apart is the alphabet's."""
+    return [name for name in self.shapes if name != 'k_rope']
 
   def _queries(
     self, x: Float[Array, 'B T D'], positions: Positions
