@@ -4,10 +4,11 @@
   python train.py --config=configs/mla_small.py --workdir=runs/c16 --config.latent_dim=16
   python train.py --config=configs/mla_medium.py --dry_run --target=v5e:2x4
 
-Run again with the same workdir, it goes on from the last checkpoint. With --dry_run nothing is
-trained: the training step is compiled, for this machine or for --target's, and what it needs is
-printed. Exit codes: 0 trained, 2 a mistake in what was given, 1 the loss diverged or the machine
-failed, 143 stopped by SIGTERM and 130 by Ctrl-C, with everything saved.
+Run again with the same workdir, it goes on from the last checkpoint. --init_from=W starts a new
+run with the weights of the run in W; data, schedule and optimiser are its own. With --dry_run
+nothing is trained: the training step is compiled, for this machine or for --target's, and what it
+needs is printed. Exit codes: 0 trained, 2 a mistake in what was given, 1 the loss diverged or the
+machine failed, 143 stopped by SIGTERM and 130 by Ctrl-C, with everything saved.
 """
 
 # ruff: noqa: E402
@@ -20,6 +21,7 @@ from mla import cli
 
 CONFIG = cli.define_config('--config=configs/mla_small.py', base)
 WORKDIR = flags.DEFINE_string('workdir', None, 'where the run is kept; runs/CONFIG when not given')
+INIT_FROM = flags.DEFINE_string('init_from', None, "start a new run with another's weights")
 DRY_RUN = flags.DEFINE_bool('dry_run', False, 'compile only, and say what the run needs')
 TARGET = flags.DEFINE_string('target', None, 'with --dry_run: v5e:2x4, h100 and the like')
 JSON = flags.DEFINE_string('json', None, 'with --dry_run: write the figures here')
@@ -39,6 +41,7 @@ if __name__ == '__main__':
 from mla import backends, config, dry_run, files, hosts, paths, signals, targets
 from mla.errors import UserError
 from mla.train import train_and_evaluate
+from mla.workdir import read_config
 
 
 def main() -> int:
@@ -58,8 +61,11 @@ def main() -> int:
   paths.check_workdir(workdir)
   if MULTIHOST.value:
     hosts.join(COORDINATOR.value, PROCESS_ID.value, NUM_PROCESSES.value)
+  source = None if INIT_FROM.value is None else paths.folder('init_from', INIT_FROM.value)
+  if source is not None:
+    read_config(source)  # refused before anything is made
   prepare()
-  ending = train_and_evaluate(CONFIG.value, workdir)
+  ending = train_and_evaluate(CONFIG.value, workdir, init_from=source)
   if not ending:
     return signals.exit_code(ending.value)
   if hosts.is_first():

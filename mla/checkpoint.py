@@ -258,6 +258,17 @@ class Checkpoints:
           raise
         # A run at work has put a newer one in its place.
 
+  def newest(self) -> tuple[dict, dict[str, tuple[int, ...]]]:
+    """What the newest checkpoint says of its run, and its parameters' shapes by path."""
+    step = self._newest()
+    folder = self._path / str(step)
+    try:
+      found = ocp.StandardCheckpointHandler().metadata(folder / 'params')
+      shapes = {name: tuple(leaf.shape) for name, leaf in found.tree.items()}
+      return self._run(step), shapes
+    except Exception as error:  # whatever damage makes Orbax raise
+      raise UserError(f'{folder}: cannot be read ({first_line(error)}); restore it') from error
+
   def _newest(self) -> int:
     steps = self.steps()
     if not steps:

@@ -18,7 +18,7 @@ LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of nearly every file system; Li
 # checkpoints/STEP.orbax-checkpoint-tmp/training/ocdbt.process_0/d/(32 digits).
 BELOW = 320
 
-RUN = {'config.json', 'metrics.jsonl', 'tokenizer.model', 'tensorboard'}
+RUN = {'config.json', 'metrics.jsonl', 'tokenizer.model', 'tensorboard', 'init_from.json'}
 RUN |= {'checkpoints', 'checkpoints-damaged', 'tokenizer.json', 'tokenizer_config.json'}
 SWEEP = {'results.jsonl', 'windows.npz', 'frontier.json', 'frontier.png', 'report.md', '.lock'}
 SWEEP |= {'report.html', 'looks.json', 'trials', 'logs', 'costs', 'ray', 'starts'}

@@ -28,6 +28,7 @@ from mla.checkpoint import Checkpoints
 from mla.data import tokenizers
 from mla.data.pipeline import Data, EvalWindows, eval_windows, load_data, skip_to, train_batches
 from mla.errors import Diverged
+from mla.init_from import settle, weights
 from mla.metrics import Metrics, NoMetrics
 from mla.optimizer import make_optimizer, make_schedule
 from mla.signals import CAUGHT, StopSignal
@@ -55,20 +56,24 @@ class Ending(enum.Enum):
 
 
 def train_and_evaluate(
-  config: ConfigDict, workdir: Path, report: Callable[[int, dict], None] | None = None
+  config: ConfigDict,
+  workdir: Path,
+  report: Callable[[int, dict], None] | None = None,
+  init_from: Path | None = None,
 ) -> Ending:
   """Trains to config.num_steps, going on from workdir's newest checkpoint if it has one.
 
   Over several processes (hosts.join), each calls this with the same arguments and a workdir that
   all see; the first writes the metrics.
 
-  Calls report(step, evaluation) after each evaluation. Holds the workdir's lease. Raises UserError
+  A new run starts with the weights of the run in the folder init_from, if one is given. Calls
+  report(step, evaluation) after each evaluation. Holds the workdir's lease. Raises UserError
   for what the user can mend, another process that trains there among it; MachineError where space,
   handles or memory ran out; and Diverged when the loss is no longer finite. All of these keep the
   last good checkpoint.
   """
   with contextlib.ExitStack() as until_the_end:
-    return _train(config, workdir, report, until_the_end, lease_workdir)
+    return _train(config, workdir, report, until_the_end, lease_workdir, init_from)
 
 
 def train_leased(config: ConfigDict, workdir: Path) -> Ending:
@@ -83,6 +88,7 @@ def _train(
   report: Callable[[int, dict], None] | None,
   until_the_end: contextlib.ExitStack,
   lease: Callable[[Path], contextlib.AbstractContextManager],
+  init_from: Path | None = None,
 ) -> Ending:
   config_lib.validate(config)
   stop = StopSignal()  # from here on, so that none is lost
@@ -119,19 +125,29 @@ def _train(
       'data': data.digest,
       'tokenizer': data.tokenizer.digest,
     }
+    begun = bool(checkpoints.steps())
+    source = hosts.first_decides(lambda: settle(workdir, init_from, begun=begun))
     state, start = _restore(checkpoints, abstract, placement, batches, run)
     if start >= config.num_steps:
       if hosts.is_first():
-        print(f'{workdir}: already trained to step {start} of {config.num_steps}; nothing to do')
+        print(
+          f'{workdir}: already trained to step {start} of {config.num_steps}; nothing to do. '
+          f'To train its weights on, start a new run from them: --init_from={workdir} --workdir=DIR'
+        )
       return Ending.COMPLETE
+    origin = f'from step {start}'
     if state is None:
-      state = jax.jit(create, out_shardings=placement)()
+      state, origin = jax.jit(create, out_shardings=placement)(), 'from scratch'
+      if source is not None:
+        target = sharding.placed(abstract, placement).params
+        there, params = weights(Path(source), config, data.tokenizer.digest, target)
+        state, origin = state._replace(params=params), f'with the weights of {source}, step {there}'
 
     metrics: Metrics | NoMetrics = NoMetrics()
     if hosts.is_first():
       tokenizers.save(data.tokenizer, workdir)
       metrics = until_the_end.enter_context(Metrics(workdir, start=start, total=config.num_steps))
-    metrics.say(describe(config, model, data, mesh, start))
+    metrics.say(describe(config, model, data, mesh, origin))
 
     # The compiled parts.
     graphdef = nnx.graphdef(model)
@@ -339,12 +355,11 @@ def sample_text(
   return tokens
 
 
-def describe(config: ConfigDict, model: model_lib.Decoder, data: Data, mesh, start: int) -> str:
+def describe(config: ConfigDict, model: model_lib.Decoder, data: Data, mesh, origin: str) -> str:
   """What is about to be trained, for the terminal."""
   total, body = model_lib.count_params(model)
   cache = model_lib.allocate_cache(model, batch=1, slots=1, dtype='bfloat16')
   devices = ' x '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
-  origin = f'from step {start}' if start else 'from scratch'
   whole = sharding.whole_weights(nnx.state(model, nnx.Param), mesh)
   named = ', '.join(f'{name} {nbytes:,} bytes' for name, nbytes in whole.items())
   sharing = mesh.shape['fsdp'] if config.mesh.fsdp == 0 else 1

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,29 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
   if ours:
     name, there, here = difference(read_config(workdir), config)
     if name:
-      raise UserError(
-        f'{name}={here}: {workdir} holds a run with {name}={there}; use that value to go on, or '
-        'another --workdir'
-      )
+      raise UserError(_another_run(name, there, here, workdir))
   elif not free:
     raise UserError(
       f'--workdir={workdir}: is not empty and holds no config.json of a run; choose another folder'
     )
+
+
+def _another_run(name: str, there: Any, here: Any, workdir: Path) -> str:
+  """That the folder's run has another value of the field, and what to do."""
+  if name == 'num_steps':
+    return (
+      f'{name}={here}: {workdir} holds a run of {there}, by which its learning rate falls, so a '
+      'longer one is another run; train it afresh in another --workdir, or start it from these '
+      f'weights with --init_from={workdir} --workdir={workdir}-{here}'
+    )
+  short = re.sub(r'[^\w.-]', '', str(here))
+  key = '' if name == 'attention' else name.split('.')[-1]
+  folder = f'{workdir}-{key}{short if len(short) < 12 else ""}'
+  value = repr(there) if there == '' else there
+  return (
+    f'{name}={here}: {workdir} holds a run with {name}={value}; to train this one give it a folder '
+    f'of its own, --workdir={folder}; to go on with that one, use its value'
+  )
 
 
 def claim_workdir(config: ConfigDict, workdir: Path) -> None:
