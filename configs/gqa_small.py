@@ -2,7 +2,7 @@
 
   python train.py --config=configs/gqa_small.py
 
-Two CPU cores: 3 min 52 s. Validation: 1.564 bits per byte (2.957 perplexity) through a bfloat16
+Two CPU cores: three minutes. Validation: 1.564 bits per byte (2.957 perplexity) through a bfloat16
 cache of 1,024 bytes a token.
 """
 

@@ -2,7 +2,7 @@
 
   python train.py --config=configs/mha_small.py
 
-Two CPU cores: 3 min 47 s. Validation: 1.557 bits per byte (2.943 perplexity) through a bfloat16
+Two CPU cores: three minutes. Validation: 1.558 bits per byte (2.944 perplexity) through a bfloat16
 cache of 2,048 bytes a token.
 
 Four heads of 32. A learning rate of 4.5e-3 was no better than 3e-3 after 800 steps.

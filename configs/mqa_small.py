@@ -2,7 +2,7 @@
 
   python train.py --config=configs/mqa_small.py
 
-Two CPU cores: 3 min 53 s. Validation: 1.581 bits per byte (2.992 perplexity) through a bfloat16
+Two CPU cores: three minutes. Validation: 1.580 bits per byte (2.990 perplexity) through a bfloat16
 cache of 512 bytes a token, the bytes of mla_small.
 """
 

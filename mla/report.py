@@ -1,6 +1,6 @@
 """A sweep's report: its verdict, its warnings, its tables; for the terminal and as report.md."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -321,7 +321,53 @@ def _latents(summary: Mapping[str, Any]) -> Table:
   ]
   to = _simultaneous('the row above', summary['latent_steps'])
   heads = ['latent_dim', 'arm', 'bytes/token', 'loss', '+/- (95 %, two-sided)', to]
-  return Table('latent_dim as the knob', '', heads, rows)
+  return Table('latent_dim as the knob', narrowest(summary), heads, rows)
+
+
+def narrowest(summary: Mapping[str, Any]) -> str:
+  """How small the latent may be, by the bounds against the reference and the steps between them."""
+  arms = sorted(
+    (arm for arm in summary['arms'] if arm['latent_dim'] and not arm['failed_seeds']),
+    key=lambda arm: (arm['latent_dim'], arm['kv_cache_bytes_per_token']),
+  )
+  sides: dict[str, list[str]] = {'within': [], 'beyond': [], 'undecided': []}
+  for arm in arms:
+    d = arm['difference'] or {}
+    low, high = (d.get(f'one_sided_{end}_95_simultaneous') for end in ('lower', 'upper'))
+    if low is not None and high is not None:  # it saves something, and seeds say how sure we are
+      within, beyond = high <= summary['margin'], low > summary['margin']
+      side = 'within' if within else 'beyond' if beyond else 'undecided'
+      sides[side].append(f'C = {arm["latent_dim"]}')
+  if not any(sides.values()):
+    return 'How small the latent may be cannot be told from these results.'
+  where = f'{summary["margin"]} nats of {summary["reference"]}'
+  text = (
+    f'Shown to be within {where}: {_listed(sides["within"]) or "no latent"}; shown not to be: '
+    f'{_listed(sides["beyond"]) or "none"}; undecided: {_listed(sides["undecided"]) or "none"} '
+    '(one-sided 95 %, simultaneous).'
+  )
+  of_name = {arm['arm']: arm for arm in arms}
+  gains, losses = [], []
+  for arm in arms:
+    bounds = (arm['difference_to_smaller_latent'] or {}).get('ci95_simultaneous')
+    if bounds:
+      step = f'{of_name[arm["smaller_latent"]]["latent_dim"]} to {arm["latent_dim"]}'
+      gains += [step] if bounds[1] < 0 else []
+      losses += [step] if bounds[0] > 0 else []
+  shown = [
+    f'a {what} is shown from {_listed(steps)}'
+    for what, steps in (('gain', gains), ('loss', losses))
+    if steps
+  ]
+  return (
+    f'{text} Of the steps to the next wider latent, '
+    f'{", and ".join(shown) or "none is shown to matter"} '
+    '(two-sided 95 %, simultaneous).'
+  )
+
+
+def _listed(texts: Sequence[str]) -> str:
+  return ' and '.join([', '.join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
 def _simultaneous(other: str, pairs: int) -> str:

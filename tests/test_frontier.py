@@ -284,3 +284,43 @@ def test_no_output_takes_the_place_of_what_a_report_leaves(tmp_path):
       with pytest.raises(UserError, match=r'is a name of the run or sweep'):
         paths.output('json', str(tmp_path / name), 'runs')
     report.write(tmp_path)
+
+
+def latents(bounds: dict[int, tuple[float, float] | None], steps: dict[int, tuple[float, float]]):
+  """A summary of latents with these bounds against the reference, and steps from the narrower."""
+  widths = sorted(bounds)
+  return {
+    'margin': 0.02,
+    'reference': 'mha',
+    'arms': [
+      {
+        'arm': f'c{width}',
+        'latent_dim': width,
+        'failed_seeds': [],
+        'kv_cache_bytes_per_token': float(width),
+        'difference': bounds[width]
+        and {
+          'one_sided_lower_95_simultaneous': bounds[width][0],
+          'one_sided_upper_95_simultaneous': bounds[width][1],
+        },
+        'smaller_latent': f'c{smaller}' if smaller else None,
+        'difference_to_smaller_latent': {'ci95_simultaneous': list(steps[width])}
+        if width in steps
+        else None,
+      }
+      for smaller, width in zip([0, *widths], widths, strict=False)
+    ],
+  }
+
+
+def test_the_narrowest_latent_is_told_by_bounds_and_steps():
+  bounds = {4: (0.03, 0.05), 8: (0.01, 0.03), 16: (-0.01, 0.02), 32: None}
+  told = report.narrowest(latents(bounds, {8: (-0.03, -0.01), 16: (-0.02, 0.01)}))
+  assert 'within 0.02 nats of mha: C = 16; shown not to be: C = 4; undecided: C = 8 (' in told
+  assert 'a gain is shown from 4 to 8 (' in told and 'loss is shown' not in told
+  told = report.narrowest(latents({4: (0.0, 0.1), 8: (0.0, 0.1)}, {8: (0.01, 0.02)}))
+  assert 'no latent; shown not to be: none; undecided: C = 4 and C = 8' in told
+  assert 'a loss is shown from 4 to 8' in told
+  told = report.narrowest(latents({4: (0.0, 0.1), 8: (0.0, 0.1)}, {8: (-0.01, 0.02)}))
+  assert 'none is shown to matter' in told
+  assert 'cannot be told' in report.narrowest(latents({4: None}, {}))

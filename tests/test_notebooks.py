@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom on a made-up sweep, and is committed with outputs.
+"""Every notebook runs from top to bottom on a made-up sweep and a tiny run, and has its outputs.
 
 No text of a figure overlaps another or is cut off.
 """
@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import tiny_config
 from sweeps import made_up_sweep
 
 from mla import report
+from mla.train import train_and_evaluate
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(ROOT.glob('notebooks/*.ipynb'))
@@ -26,6 +28,13 @@ def small_sweep(tmp_path_factory) -> Path:
   return folder
 
 
+@pytest.fixture(scope='module')
+def tiny_run(text, tmp_path_factory) -> Path:
+  workdir = tmp_path_factory.mktemp('runs') / 'mla'
+  train_and_evaluate(tiny_config('mla', data__files=str(text), data__eval_tokens=64), workdir)
+  return workdir
+
+
 CHECK = """
 from pictures import faults
 found = [fault for number in plt.get_fignums() for fault in faults(plt.figure(number))]
@@ -37,12 +46,12 @@ def cells(path: Path, kind: str) -> list[dict]:
   return [cell for cell in json.loads(path.read_text())['cells'] if cell['cell_type'] == kind]
 
 
-def test_there_are_four():
-  assert len(NOTEBOOKS) == 4
+def test_there_are_five():
+  assert len(NOTEBOOKS) == 5
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path, small_sweep):
+def test_a_notebook_runs(path, small_sweep, tiny_run):
   code = '\n\n'.join(''.join(cell['source']) for cell in cells(path, 'code')) + CHECK
   done = subprocess.run(
     [sys.executable, '-c', code],
@@ -53,6 +62,7 @@ def test_a_notebook_runs(path, small_sweep):
       **os.environ,
       'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}',
       'MLA_LAB_SWEEP': str(small_sweep),
+      'MLA_LAB_RUN': str(tiny_run),
       'MPLBACKEND': 'Agg',
       'JAX_PLATFORMS': 'cpu',
     },

@@ -106,6 +106,51 @@ def run(attention: str, size: float, perplexity: float, half: float | None = 0.0
   }
 
 
+DTYPES = [
+  run
+  for name in ('small_float32', 'small', 'small_int8')
+  for run in json.loads((ROOT / 'results' / f'{name}.json').read_text())['runs']
+]
+
+
+def insides():
+  """What notebooks/inside_a_latent draws, of a model with more layers and heads than ours."""
+  rng = np.random.default_rng(0)
+  spectra = np.sort(rng.random((8, 64)))[:, ::-1] ** 3
+  maps = np.tril(rng.random((6, 8, 40, 40)))
+  groups = [{'from': 2**k, 'to': 2 ** (k + 1) - 1, 'loss': 2 + 0.5**k} for k in range(14)]
+  costs = {'latent': (1e-4, 2e-5), 'k_rope': (-1e-5, 2e-5), 'latent and k_rope': (9e-5, 3e-5)}
+  large = mha_small.get_config()
+  large.update({'num_heads': 128, 'head_dim': 128, 'latent_dim': 512, 'rope_dim': 64})
+  return {
+    'spectra': (plots.spectra, spectra / spectra.sum(1, keepdims=True), list(range(20, 28))),
+    'maps': (plots.attention_maps, maps / maps.sum(-1, keepdims=True)),
+    'positions': (plots.by_position, groups),
+    'one position': (plots.by_position, groups[:2]),
+    'int8': (plots.int8_parts, costs),
+    'dtypes': (plots.dtypes, DTYPES),
+    'one run in two dtypes': (plots.dtypes, [run for run in DTYPES if run['attention'] == 'mla']),
+    'absorption': (plots.absorption, large),
+  }
+
+
+@pytest.mark.parametrize('name', insides())
+def test_no_text_of_what_looks_inside_overlaps_or_is_cut_off(name):
+  draw, *args = insides()[name]
+  assert faults(drawn(draw, *args)) == []
+
+
+def test_a_dtypes_title_is_what_the_results_say():
+  title = told(drawn(plots.dtypes, DTYPES))
+  worst = max(
+    100 * (run['perplexity'] / whole['perplexity'] - 1)
+    for run in DTYPES[8:]
+    for whole in DTYPES[:4]
+    if run['workdir'] == whole['workdir']
+  )
+  assert f'costs {worst:.3f} % of perplexity at most' in ' '.join(title.split())
+
+
 RUN_SETS = {
   'the committed runs': RUNS,
   'one run': RUNS[:1],

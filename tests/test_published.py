@@ -149,6 +149,7 @@ def test_what_a_notebook_shows_is_what_its_code_would_print_now(name):
   summary = json.loads((PUBLISHED / 'frontier.json').read_text())
   notebook = json.loads((ROOT / 'notebooks' / f'{name}.ipynb').read_text())
   told = {
+    'print(report.narrowest(summary))': report.narrowest(summary),
     'print(report.verdict(summary))': report.verdict(summary),
     'print(report.frontier_table(summary))': report.frontier_table(summary),
     "print(*report.warnings(summary), sep='\\n')": '\n'.join(report.warnings(summary)),
@@ -161,4 +162,4 @@ def test_what_a_notebook_shows_is_what_its_code_would_print_now(name):
       if call in source:
         found += 1
         assert text in shown
-  assert found == {'latent_sweep': 3, 'mla_explained': 1}[name]
+  assert found == {'latent_sweep': 4, 'mla_explained': 2}[name]

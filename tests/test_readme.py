@@ -1,6 +1,7 @@
 """The README's commands run, in its order, on a small model; its links and figures are there."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -82,6 +83,19 @@ def test_the_fields_named_exist():
   assert len(named) > 8
   for name in named:
     field(base.get_config(), name)
+
+
+def test_what_is_said_of_the_table_is_so():
+  """The difference that is named, and each config's figures beside it."""
+  results = ROOT / 'results' / 'small.json'
+  runs = {Path(run['workdir']).name: run for run in json.loads(results.read_text())['runs']}
+  more = math.log(runs['mla_small']['perplexity'] / runs['mha_small']['perplexity'])
+  assert f'MLA lies {more:.3f} nats above MHA' in README
+  intervals = [runs[name]['perplexity_ci95'] for name in ('mla_small', 'mqa_small')]
+  assert max(low for low, _ in intervals) < min(high for _, high in intervals)  # not told apart
+  for name, run in runs.items():
+    text = (ROOT / 'configs' / f'{name}.py').read_text()
+    assert f'{run["bits_per_byte"]:.3f} bits per byte ({run["perplexity"]:.3f} perplexity)' in text
 
 
 def test_the_table_is_that_of_the_results():

@@ -90,6 +90,16 @@ class LatentAttention(nnx.Module):
     """The latent's, in order; that of a dict which JAX has taken apart is the alphabet's."""
     return [name for name in self.shapes if name != 'k_rope']
 
+  def scores(
+    self, x: Float[Array, 'B T D'], entries: dict[str, Array], positions: Positions
+  ) -> tuple[Float[Array, 'B H T T'], Float[Array, 'B H T T']]:
+    """Logits of all pairs, by content and by position; softmax sees their sum (mla/inside.py)."""
+    q_nope, q_rope = self._queries(x, positions)
+    latent = jnp.concatenate([entries[name] for name in self._parts()], axis=-1)
+    content = jnp.einsum('bthn,chn,bsc->bhts', q_nope, self.w_uk[...], latent)
+    rotary = jnp.einsum('bthr,bsr->bhts', q_rope, entries['k_rope'])
+    return self.scale * content, self.scale * rotary
+
   def _queries(
     self, x: Float[Array, 'B T D'], positions: Positions
   ) -> tuple[Float[Array, 'B T H N'], Float[Array, 'B T H R']]:
