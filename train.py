@@ -30,6 +30,8 @@ CONTEXT = flags.DEFINE_integer('context', None, "with --dry_run: a user's tokens
 BATCH = flags.DEFINE_integer('batch', None, 'with --dry_run: users at once, for their caches')
 PRICE = flags.DEFINE_float('price', None, 'with --dry_run: dollars a device and hour, for the cost')
 MFU = flags.DEFINE_float('mfu', None, 'with --price: share of the peak in useful FLOPs, 0.4')
+PROFILE = flags.DEFINE_integer('profile', None, 'steps to trace, for TensorBoard and xprof')
+WANDB = flags.DEFINE_string('wandb', None, 'the Weights & Biases project to log to as well')
 MULTIHOST = flags.DEFINE_bool('multihost', False, 'train as one of several processes, all alike')
 COORDINATOR = flags.DEFINE_string('coordinator', None, 'with --multihost: HOST:PORT of process 0')
 PROCESS_ID = flags.DEFINE_integer('process_id', None, 'with --multihost: which of them this is')
@@ -48,6 +50,12 @@ def main() -> int:
   if CONFIG.value is None:
     raise cli.which_config()
   config.validate(CONFIG.value)  # the next lines count on it
+  if DRY_RUN.value and (PROFILE.present or WANDB.present):
+    raise UserError('--profile, --wandb: nothing is trained with --dry_run; leave it out')
+  if PROFILE.value is not None and PROFILE.value < 1:
+    raise UserError(f'--profile={PROFILE.value}: must be a positive number of steps')
+  if WANDB.value == '':
+    raise UserError('--wandb: which project? e.g. --wandb=mla')
   if DRY_RUN.value:
     return only_compile()
   for flag in (TARGET, JSON, FIT_BATCH, CONTEXT, BATCH, PRICE, MFU):
@@ -65,7 +73,13 @@ def main() -> int:
   if source is not None:
     read_config(source)  # refused before anything is made
   prepare()
-  ending = train_and_evaluate(CONFIG.value, workdir, init_from=source)
+  ending = train_and_evaluate(
+    CONFIG.value,
+    workdir,
+    init_from=source,
+    profile=PROFILE.value or 0,
+    project=WANDB.value or '',
+  )
   if not ending:
     return signals.exit_code(ending.value)
   if hosts.is_first():

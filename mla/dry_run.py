@@ -195,42 +195,24 @@ def compile_step(config: ConfigDict, vocab: int, mesh: Mesh) -> Step:
 
 
 def flops_per_token(config: ConfigDict, vocab: int, device: jax.Device) -> tuple[float, float]:
-  """(what training is worth, what the step computes) of products, as FLOPs a token.
+  """(flops.worth, what the step computes) of products, as FLOPs a token.
 
-  Worth is three times the forward pass, attention counted where a token may look: 6 a weight and
-  6 a (query and value) dim and visible position. Computed is also what remat and attention's own
-  backward pass compute again. Both are read from the traced step, its loops multiplied out; traced
-  for one device, with attention as one block in a loop of one turn (backends.counted), so that
-  nothing hides in a kernel and the loops of unknown length are attention and nothing else.
+  Computed is also what remat and attention's own backward pass compute again. It is read from the
+  traced step, its loops multiplied out; traced for one device, with attention as one block in a
+  loop of one turn (backends.counted), so that nothing hides in a kernel and the loops of unknown
+  length are attention and nothing else.
   """
   tokens = config.batch_size * config.seq_len
-  causal = (config.seq_len + 1) / (2 * config.seq_len)
   alone = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, [device])
-
-  def traced(function: Callable, *args) -> flops.Flops:
-    with jax.set_mesh(alone), backends.counted():
-      return flops.count(jax.jit(function).trace(*args).jaxpr.jaxpr)
-
-  def step(remat: str) -> flops.Flops:
-    changed = config.copy_and_resolve_references()
-    changed.remat = remat
-    optimizer = make_optimizer(changed)
-    state = jax.eval_shape(functools.partial(init_state, changed, vocab, optimizer))
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: model_lib.make_model(changed, vocab)))
-    batch = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32)
-    return traced(functools.partial(train_step, changed, graphdef, optimizer), state, batch)
-
-  def attention() -> float:
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: model_lib.make_model(config, vocab)))
-    window = jax.ShapeDtypeStruct((1, config.seq_len), jnp.int32)
-    forward = traced(
-      lambda params, rows: model_lib.states(nnx.merge(graphdef, params), rows), params, window
-    )
-    return 3 * causal * forward.turn / config.seq_len
-
-  plain = step('none')
-  used = plain if config.remat == 'none' else step(config.remat)
-  return plain.known / tokens + attention(), (used.known + causal * used.turn) / tokens
+  optimizer = make_optimizer(config)
+  state = jax.eval_shape(functools.partial(init_state, config, vocab, optimizer))
+  model = nnx.eval_shape(lambda: model_lib.make_model(config, vocab))
+  step = functools.partial(train_step, config, nnx.graphdef(model), optimizer)
+  batch = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32)
+  with jax.set_mesh(alone), backends.counted():
+    computed = flops.count(jax.jit(step).trace(state, batch).jaxpr.jaxpr)
+    useful = flops.worth(model, config.seq_len)
+  return useful, (computed.known + flops.causal(config.seq_len) * computed.turn) / tokens
 
 
 def _kernels(program: hlo.Program) -> list[str]:

@@ -1,11 +1,17 @@
-"""FLOPs of a traced program, its loops multiplied out, which XLA's own count does not do."""
+"""FLOPs of a traced program, its loops multiplied out, which XLA's own count does not do; and what
+training a model is worth, for MFU."""
 
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 from jax.extend import core
+
+from mla import backends
+from mla import model as model_lib
 
 
 class Flops(NamedTuple):
@@ -39,6 +45,30 @@ def count(jaxpr: core.Jaxpr) -> Flops:
       for inner in _inner(params):
         total += count(inner).times(turns)
   return total
+
+
+def worth(model: model_lib.Decoder, length: int) -> float:
+  """What training is worth a token, in FLOPs, in windows of `length` tokens; abstract models do.
+
+  Three times the forward pass's products, attention counted where a token may look: so 6 a weight
+  that multiplies, and 6 a (query and value) dim of each head and visible position (Kaplan et al.
+  2020, arXiv 2001.08361; PaLM, arXiv 2204.02311, appendix B, which counts the whole square). What
+  remat and attention's own backward pass compute again is worth nothing.
+  """
+  graphdef, params = nnx.split(model)
+
+  def forward(params, window):
+    return model_lib.forward(nnx.merge(graphdef, params), window)
+
+  window = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  with backends.counted():  # attention is one block of the whole square, in loops of unknown length
+    found = count(jax.jit(forward).trace(params, window).jaxpr.jaxpr)
+  return 3 * (found.known / length + found.turn * causal(length) / length)
+
+
+def causal(length: int) -> float:
+  """The share of attention's square that a causal mask leaves."""
+  return (length + 1) / (2 * length)
 
 
 def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:

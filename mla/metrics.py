@@ -3,10 +3,12 @@
 import json
 import logging
 import os
+import secrets
 import shutil
 import struct
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 from mla import files
+from mla.errors import UserError, first_line
 
 CURE = 'move it away'
 
@@ -27,7 +30,7 @@ class Metrics:
   repeat it, so what is wrong with them is a warning.
   """
 
-  def __init__(self, workdir: Path, *, start: int, total: int):
+  def __init__(self, workdir: Path, *, start: int, total: int, wandb: 'Wandb | None' = None):
     self.path = workdir / 'metrics.jsonl'
     self.total = total
     _drop_after(self.path, start)
@@ -36,6 +39,7 @@ class Metrics:
     except OSError as error:
       raise files.cannot(f'{self.path}: cannot be written', error, CURE) from error
     self._board = Board(workdir / 'tensorboard', start)
+    self._wandb = wandb
     self._bar = (
       tqdm(total=total, initial=start, unit='step', dynamic_ncols=True)
       if sys.stderr.isatty()
@@ -52,6 +56,8 @@ class Metrics:
       raise files.cannot(f'{self.path}: cannot be written', error, CURE) from error
     for name, value in values.items():
       self._board.add(step, summary=summary.scalar(name, value))
+    if self._wandb is not None:
+      self._wandb.log(step, values)
 
   def write_text(self, step: int, name: str, text: str) -> None:
     self._board.add(step, summary=summary.text(name, text))
@@ -69,6 +75,8 @@ class Metrics:
     if step > start:
       minutes, seconds = divmod(round((now - began) / (step - start) * (self.total - step)), 60)
       left = f'  {minutes}:{seconds:02d} left'
+    if 'mfu' in values:
+      left = f'  {values["mfu"]:.0%} MFU{left}'
     number = f'{step:>{len(str(self.total))}}/{self.total}'
     print(f'step {number}  loss {loss:.4f}  {speed:>7,.0f} tokens/s{left}', flush=True)
 
@@ -83,6 +91,8 @@ class Metrics:
     if self._bar is not None:
       self._bar.close()
     self._board.close()
+    if self._wandb is not None:
+      self._wandb.close()
     os.close(self._file)
 
   def __enter__(self) -> 'Metrics':
@@ -133,6 +143,54 @@ class Board:
     if self._file is not None:
       os.close(self._file)
       self._file = None
+
+
+class Wandb:
+  """A run in a project of Weights & Biases, if that is installed; what is wrong later is a warning.
+
+  A workdir keeps its run's name there in .wandb_run, so that going on goes on there too. UserError
+  where none can be begun.
+  """
+
+  def __init__(self, project: str, workdir: Path, config: dict[str, Any]):
+    try:
+      import wandb
+    except ImportError as error:
+      raise UserError(
+        f"--wandb={project}: Weights & Biases is not installed; pip install -e '.[wandb]'"
+      ) from error
+    path = workdir / '.wandb_run'
+    if not os.path.lexists(path):
+      files.write_whole(path, secrets.token_hex(4))
+    name = files.read_bytes(path, CURE).decode()
+    try:
+      self._run = wandb.init(
+        project=project,
+        id=name,
+        name=workdir.name,
+        dir=str(workdir),
+        config=config,
+        resume='allow',
+      )
+    except Exception as error:  # whatever it raises without a login or a network
+      raise UserError(
+        f'--wandb={project}: no run can be begun ({first_line(error)}); call `wandb login`, or set '
+        'WANDB_MODE=offline'
+      ) from error
+
+  def log(self, step: int, values: dict[str, float]) -> None:
+    self._tell(lambda run: run.log(values, step=step))
+
+  def close(self) -> None:
+    self._tell(lambda run: run.finish())
+
+  def _tell(self, what: Callable[[Any], None]) -> None:
+    try:
+      if self._run is not None:
+        what(self._run)
+    except Exception as error:
+      self._run = None
+      logging.warning('Weights & Biases: no more metrics go there (%s)', first_line(error))
 
 
 class NoMetrics:

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
-from mla import backends, hosts, memory, sharding
+from mla import backends, flops, hosts, memory, sharding, targets
 from mla import config as config_lib
 from mla import loss as loss_lib
 from mla import model as model_lib
@@ -29,8 +29,9 @@ from mla.data import tokenizers
 from mla.data.pipeline import Data, EvalWindows, eval_windows, load_data, skip_to, train_batches
 from mla.errors import Diverged
 from mla.init_from import settle, weights
-from mla.metrics import Metrics, NoMetrics
+from mla.metrics import Metrics, NoMetrics, Wandb
 from mla.optimizer import make_optimizer, make_schedule
+from mla.profile import Trace
 from mla.signals import CAUGHT, StopSignal
 from mla.workdir import check_workdir, claim_workdir, lease_workdir
 
@@ -60,6 +61,9 @@ def train_and_evaluate(
   workdir: Path,
   report: Callable[[int, dict], None] | None = None,
   init_from: Path | None = None,
+  *,
+  profile: int = 0,
+  project: str = '',
 ) -> Ending:
   """Trains to config.num_steps, going on from workdir's newest checkpoint if it has one.
 
@@ -67,13 +71,16 @@ def train_and_evaluate(
   all see; the first writes the metrics.
 
   A new run starts with the weights of the run in the folder init_from, if one is given. Calls
-  report(step, evaluation) after each evaluation. Holds the workdir's lease. Raises UserError
-  for what the user can mend, another process that trains there among it; MachineError where space,
-  handles or memory ran out; and Diverged when the loss is no longer finite. All of these keep the
-  last good checkpoint.
+  report(step, evaluation) after each evaluation; traces `profile` steps (mla/profile.py); and
+  repeats the metrics in the Weights & Biases project of that name, if any. Holds the workdir's
+  lease. Raises UserError for what the user can mend, another process that trains there among it;
+  MachineError where space, handles or memory ran out; and Diverged when the loss is no longer
+  finite. All of these keep the last good checkpoint.
   """
   with contextlib.ExitStack() as until_the_end:
-    return _train(config, workdir, report, until_the_end, lease_workdir, init_from)
+    return _train(
+      config, workdir, report, until_the_end, lease_workdir, init_from, profile, project
+    )
 
 
 def train_leased(config: ConfigDict, workdir: Path) -> Ending:
@@ -89,6 +96,8 @@ def _train(
   until_the_end: contextlib.ExitStack,
   lease: Callable[[Path], contextlib.AbstractContextManager],
   init_from: Path | None = None,
+  profile: int = 0,
+  project: str = '',
 ) -> Ending:
   config_lib.validate(config)
   stop = StopSignal()  # from here on, so that none is lost
@@ -100,6 +109,8 @@ def _train(
   memory.check_training(config, mesh)
   data = load_data(config)
   model = nnx.eval_shape(lambda: model_lib.make_model(config, data.tokenizer.vocab_size))
+  chip = targets.chip(mesh.devices.flat[0].device_kind)
+  worth = flops.worth(model, config.seq_len) if chip else 0.0
   batches = train_batches(
     data.train,
     seq_len=config.seq_len,
@@ -146,7 +157,10 @@ def _train(
     metrics: Metrics | NoMetrics = NoMetrics()
     if hosts.is_first():
       tokenizers.save(data.tokenizer, workdir)
-      metrics = until_the_end.enter_context(Metrics(workdir, start=start, total=config.num_steps))
+      logger = Wandb(project, workdir, config.to_dict()) if project else None
+      metrics = until_the_end.enter_context(
+        Metrics(workdir, start=start, total=config.num_steps, wandb=logger)
+      )
     metrics.say(describe(config, model, data, mesh, origin))
 
     # The compiled parts.
@@ -161,12 +175,17 @@ def _train(
     sample_fn = jax.jit(functools.partial(sample_text, config, graphdef), out_shardings=everywhere)
     prompt = np.array([[data.tokenizer.bos, *data.tokenizer.encode(SAMPLE_PROMPT)]], np.int32)
     schedule = make_schedule(config)
+    trace = Trace(workdir / 'tensorboard', start, profile if hosts.is_first() else 0)
+    until_the_end.callback(trace.close)
 
     # The loop. The host only waits for the devices where a number is asked for. A checkpoint comes
     # after what its step reports, so that a run killed at any time has it all when it goes on.
     since, since_step = time.monotonic(), start
     for step in range(start + 1, config.num_steps + 1):
-      state, measured = step_fn(state, batch)
+      with trace.step(step):
+        state, measured = step_fn(state, batch)
+      if trace.begun(step, measured):
+        metrics.say(f'steps {trace.first} to {step} are traced: tensorboard --logdir={workdir}')
       last = step == config.num_steps
       log = last or step == start + 1 or step % config.log_every == 0
       evaluating = last or step % config.eval_every == 0
@@ -186,6 +205,8 @@ def _train(
         values = {name: float(value) for name, value in measured.items()}
         values['learning_rate'] = float(schedule(step - 1))
         values['tokens_per_second'] = tokens / (now - since)
+        if chip and chip.flops:  # the share of the bfloat16 peak in useful FLOPs: flops.worth
+          values['mfu'] = worth * values['tokens_per_second'] / (chip.flops * mesh.size)
         metrics.write(step, values)
         metrics.progress(step, values)
         since, since_step = now, step

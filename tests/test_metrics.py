@@ -5,6 +5,7 @@ import json
 import os
 import random
 import struct
+import sys
 import tempfile
 from pathlib import Path
 
@@ -44,6 +45,67 @@ BROKEN = {
 
 
 @pytest.mark.parametrize('broken', BROKEN.values(), ids=BROKEN)
+class Project:
+  """Stands in for the wandb package: what was told to each run, by its id."""
+
+  def __init__(self, broken_after: int = 10**9):
+    self.runs: dict[str, list] = {}
+    self.asked: list[dict] = []
+    self.broken_after = broken_after
+
+  def init(self, **asked):
+    self.asked.append(asked)
+    self.told = self.runs.setdefault(asked['id'], [])
+    return self
+
+  def log(self, values, *, step):
+    if len(self.told) >= self.broken_after:
+      raise OSError('no route to host')
+    self.told.append((step, values))
+
+  def finish(self):
+    self.told.append('finished')
+
+
+def test_weights_and_biases_repeat_the_metrics_and_a_run_goes_on_there(tmp_path, monkeypatch):
+  project = Project()
+  monkeypatch.setitem(sys.modules, 'wandb', project)
+  for start in (0, 2):
+    board = metrics.Wandb('caches', tmp_path, {'seed': 3})
+    with metrics.Metrics(tmp_path, start=start, total=4, wandb=board) as writer:
+      for step in (start + 1, start + 2):
+        writer.write(step, {'loss': 1.0 / step})
+  (told,) = project.runs.values()
+  steps = [(line.pop('step'), line) for line in metrics.read(tmp_path / 'metrics.jsonl')]
+  assert told == [*steps[:2], 'finished', *steps[2:], 'finished'] and len(steps) == 4
+  asked = project.asked[0]
+  assert asked['project'] == 'caches' and asked['config'] == {'seed': 3}
+  assert asked['name'] == tmp_path.name and asked['dir'] == str(tmp_path)
+
+
+def test_weights_and_biases_that_fail_later_stop_nothing(tmp_path, monkeypatch, caplog):
+  monkeypatch.setitem(sys.modules, 'wandb', Project(broken_after=1))
+  board = metrics.Wandb('caches', tmp_path, {})
+  with metrics.Metrics(tmp_path, start=0, total=4, wandb=board) as writer:
+    for step in (1, 2, 3):
+      writer.write(step, {'loss': 1.0})
+  assert [line['step'] for line in metrics.read(tmp_path / 'metrics.jsonl')] == [1, 2, 3]
+  assert [record.message.count('no route to host') for record in caplog.records] == [1]
+
+
+def test_weights_and_biases_that_cannot_begin_are_a_line(tmp_path, monkeypatch):
+  class Refusing(Project):
+    def init(self, **asked):
+      raise ValueError('no api key configured')
+
+  monkeypatch.setitem(sys.modules, 'wandb', Refusing())
+  with pytest.raises(UserError, match='--wandb=caches: .*no api key.*WANDB_MODE=offline'):
+    metrics.Wandb('caches', tmp_path, {})
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  with pytest.raises(UserError, match=r'--wandb=caches: .*pip install'):
+    metrics.Wandb('caches', tmp_path, {})
+
+
 def test_a_broken_line_costs_no_other(tmp_path, broken, caplog):
   path = tmp_path / 'metrics.jsonl'
   before = joined([*RAW[:3], broken, *RAW[4:]])

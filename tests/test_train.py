@@ -13,14 +13,17 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import SHORT_RUN, tiny_config
 
+import mla.train
 from mla import metrics
 from mla.checkpoint import Checkpoints
 from mla.data.pipeline import load_data
 from mla.errors import Diverged, MachineError, UserError
+from mla.model import count_params, make_model
 from mla.train import Ending, train_and_evaluate
 from mla.workdir import LOCK, claim_workdir, read_config
 
@@ -472,3 +475,24 @@ def test_a_run_stopped_by_ctrl_c_goes_on_bit_for_bit(text, trained, tmp_path):
   assert Checkpoints(tmp_path / 'run').steps() == [3, 6, 7]
   assert train_and_evaluate(config_of(text), tmp_path / 'run')
   assert figures(tmp_path / 'run') == figures(trained)
+
+
+def test_mfu_is_logged_where_the_peak_is_known_and_a_trace_names_its_steps(
+  text, tmp_path, monkeypatch
+):
+  """6 a weight that multiplies, 6 a dim of queries and values and visible token, over the peak."""
+  assert mla.train.targets.chip(jax.devices()[0].device_kind) is None
+  chip = mla.train.targets.Chip(memory=None, flops=1e12, bandwidth=None, links=None)
+  monkeypatch.setattr(mla.train.targets, 'chip', lambda kind: chip)
+  config = config_of(text, num_steps=4, mesh={'data': 8, 'fsdp': 1, 'tensor': 1})
+  assert train_and_evaluate(config, tmp_path, profile=1)
+  (trace,) = (tmp_path / 'tensorboard' / 'plugins' / 'profile').glob('*/*.xplane.pb')
+  assert b'training step' in trace.read_bytes()
+  lines = [line for line in metrics.read(tmp_path / 'metrics.jsonl') if 'loss' in line]
+  weights = count_params(make_model(config, 257))[1] + config.d_model * 257
+  dims = config.head_dim + config.rope_dim + config.value_head_dim
+  attention = 6 * config.num_layers * config.num_heads * dims * (config.seq_len + 1) / 2
+  for line in lines:
+    expected = (6 * weights + attention) * line['tokens_per_second'] / (8 * 1e12)
+    assert line['mfu'] == pytest.approx(expected, rel=0.02)
+  assert len(lines) == 4
