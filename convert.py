@@ -1,6 +1,7 @@
 """Models in and out.
 
   python convert.py import --hf=DIR|--gguf=FILE --workdir=W     a published model becomes a run
+  python convert.py export --workdir=W --out=DIR                a run, as transformers loads it
 
 Exit codes: 0 done, 2 a mistake in what was given, with nothing written, 1 the machine failed.
 """
@@ -11,11 +12,13 @@ from absl import flags
 
 from configs import base
 from mla import cli, paths
-from mla.convert import importing
+from mla.convert import configs, exporting, importing
 from mla.errors import UserError
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'the run')
 HF = flags.DEFINE_string('hf', None, 'import: a folder with config.json and safetensors')
+OUT = flags.DEFINE_string('out', None, 'export: the folder to make')
+FORMAT = flags.DEFINE_string('format', 'auto', f'export: auto, {", ".join(configs.CLASSES)}')
 GGUF = flags.DEFINE_string('gguf', None, 'import: a GGUF file in the layout of Llama')
 
 
@@ -33,13 +36,22 @@ def import_() -> None:
   print(f'next: python eval.py --workdir={workdir}')
 
 
+def export() -> None:
+  workdir = _workdir()
+  if OUT.value is None:
+    raise UserError('--out: which folder shall be made? e.g. --out=exported')
+  out = paths.folder('out', OUT.value)
+  kind = exporting.export(workdir, out, FORMAT.value)
+  print(f'{out}: {kind}; transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})')
+
+
 def _workdir():
   if WORKDIR.value is None:
     raise UserError('--workdir: which run? e.g. --workdir=runs/imported')
   return paths.folder('workdir', WORKDIR.value)
 
 
-COMMANDS = {'import': import_}
+COMMANDS = {'import': import_, 'export': export}
 
 
 def command(argv: list[str]) -> tuple[str, list[str]]:

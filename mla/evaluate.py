@@ -156,7 +156,8 @@ def read_through_cache(
   count, length = windows.mask.shape
   devices = math.prod(mesh.shape[axis] for axis in sharding.RULES['B'])
   graphdef, params = nnx.split(model)
-  batch = BATCH + -BATCH % devices
+  batch = min(BATCH, count)
+  batch += -batch % devices
   if count < devices and length % devices == 0:
     batch = count
     model = nnx.merge(graphdef, params)

@@ -66,7 +66,7 @@ def parse(text: str) -> Scaling:
   found: dict[str, float] = {}
   for part in rest.split(',') if rest else []:
     name, _, number = part.partition('=')
-    if name not in known or name in found or not re.fullmatch(r'\d+(\.\d+)?(e-?\d+)?', number):
+    if name not in known or name in found or not re.fullmatch(r'\d+(\.\d+)?(e[-+]?\d+)?', number):
       raise UserError(f'rope_scaling={text}: {part!r} does not fit; {_spelling(kind)}')
     found[name] = float(number)
   numbers = {name: found.get(name, default) for name, default in known.items()}
@@ -80,7 +80,8 @@ def parse(text: str) -> Scaling:
 
 def spell(kind: str, numbers: dict[str, float]) -> str:
   """What parse() reads."""
-  return f'{kind}:' + ','.join(f'{name}={number:.17g}' for name, number in numbers.items())
+  parts = (f'{name}={float(number)!r}'.removesuffix('.0') for name, number in numbers.items())
+  return f'{kind}:{",".join(parts)}'
 
 
 def _spelling(kind: str) -> str:

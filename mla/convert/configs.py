@@ -198,7 +198,7 @@ class _Keys:
       raise self.refusal(key, 'must be a positive integer')
     return value
 
-  def number(self, key: str, default: float | None = None) -> float:
+  def number(self, key: str, default: int | float | None = None) -> float:
     value = self._given(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
       raise self.refusal(key, 'must be a number')

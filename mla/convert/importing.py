@@ -24,6 +24,7 @@ from mla.checkpoint import IMPORTED, Checkpoints, flatten, unflatten
 from mla.convert import configs, layouts
 from mla.convert.sources import Gguf, Safetensors, Source, dumps, read_config
 from mla.convert.vocabulary import TOKENIZER, from_folder, from_gguf
+from mla.data.hugging_face import HuggingFaceTokenizer
 from mla.errors import UserError
 
 # Tensors that say nothing the config doesn't.
@@ -76,7 +77,8 @@ def _import(
       files.write_whole(draft / name, text)
     config.data.tokenizer = f'hf:{workdir.absolute() / TOKENIZER}'
     files.write_whole(draft / 'config.json', dumps(config_lib.to_json(config)))
-    run = {'config': config_lib.to_json(config), 'data': IMPORTED, 'batches': 0}
+    digest = HuggingFaceTokenizer(draft / TOKENIZER).digest
+    run = {'config': config_lib.to_json(config), 'data': IMPORTED, 'tokenizer': digest}
     with Checkpoints(draft) as checkpoints:
       checkpoints.save(0, _assemble(source, tensors, config, found.vocab), None, run)
   return config

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +19,6 @@ from mla.errors import UserError, first_line
 
 KINDS = ('F32', 'BF16', 'F16', 'F64')
 NO_PICKLE = 'it may hold code; save it as safetensors'
-
-
-class Source(Protocol):
-  shapes: dict[str, tuple[int, ...]]
-
-  def read(self, name: str) -> np.ndarray:
-    """The tensor, float32."""
 
 
 def library(name: str) -> ModuleType:
@@ -152,6 +145,9 @@ class Gguf:
         'another quantisation'
       ) from error
     return values.astype(np.float32, copy=False)
+
+
+Source = Safetensors | Gguf
 
 
 def read_config(folder: Path) -> dict[str, Any]:

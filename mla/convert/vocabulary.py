@@ -5,8 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
+
 from mla import files
 from mla.convert.sources import dumps
+from mla.data.hugging_face import SPACE, HuggingFaceTokenizer, byte_level
+from mla.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 from mla.errors import UserError
 
 TOKENIZER, SETTINGS = 'tokenizer.json', 'tokenizer_config.json'
@@ -117,3 +121,81 @@ def _fill(found: dict[str, Any], vocab: int, path: Path) -> None:
     *(found.get('added_tokens') or ()),
     *(_added(index, f'<|unused_{index}|>') for index in missing),
   ]
+
+
+def to_files(tokenizer: Tokenizer) -> dict[str, str]:
+  """A run's tokenizer as files that transformers loads, by name: it sets BOS before each text and
+  reads special tokens that a text spells out as text, as ours do."""
+  settings = {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'clean_up_tokenization_spaces': False,
+    'split_special_tokens': True,
+  }
+  if isinstance(tokenizer, HuggingFaceTokenizer):
+    found = files.read_json(tokenizer.path, 'restore it')
+    name = _name(found, tokenizer.bos)
+  else:
+    name = '<s>'
+    found = _bytes() if isinstance(tokenizer, ByteTokenizer) else _sentencepiece(tokenizer)
+    found['added_tokens'] = [_added(tokenizer.bos, name)]
+    start = {'SpecialToken': {'id': name, 'type_id': 0}}
+    text = {'Sequence': {'id': 'A', 'type_id': 0}}
+    found['post_processor'] = {
+      'type': 'TemplateProcessing',
+      'single': [start, text],
+      'pair': [start, text, {'Sequence': {'id': 'B', 'type_id': 1}}],
+      'special_tokens': {name: {'id': name, 'ids': [tokenizer.bos], 'tokens': [name]}},
+    }
+  settings |= {'bos_token': name, 'eos_token': name}
+  return {TOKENIZER: json.dumps(found, ensure_ascii=False), SETTINGS: dumps(settings)}
+
+
+def _bytes() -> dict[str, Any]:
+  """A token a byte, in the letters that byte-level vocabularies write bytes with."""
+  level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
+  vocab = {letter: byte for letter, byte in byte_level().items()} | {'<s>': 256}
+  return _described(level, level, _bpe(vocab, []))
+
+
+def _sentencepiece(tokenizer: BpeTokenizer) -> dict[str, Any]:
+  """SentencePiece's BPE: pieces merge in the order of their numbers.
+
+  A space is written as a space, so that a text's own U+2581, of which no piece is made, falls back
+  to bytes as it does in ours.
+  """
+  own = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+  vocab, whole = {}, set()
+  for number in range(own.vocab_size()):
+    piece = own.id_to_piece(number).replace(SPACE, ' ')
+    vocab[piece] = number
+    if not (own.is_byte(number) or own.is_control(number) or own.is_unknown(number)):
+      whole.add(piece)
+  merges = []
+  for piece in sorted(whole, key=vocab.__getitem__):
+    splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+    pairs = [pair for pair in splits if pair[0] in whole and pair[1] in whole]
+    merges += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+  decoder = {'type': 'Sequence', 'decoders': [{'type': 'ByteFallback'}, {'type': 'Fuse'}]}
+  return _described(None, decoder, _bpe(vocab, merges, byte_fallback=True))
+
+
+def _name(found: dict[str, Any], number: int) -> str:
+  """What a tokenizer.json calls a token."""
+  for token in found.get('added_tokens') or ():
+    if token['id'] == number:
+      return token['content']
+  return next(name for name, other in found['model']['vocab'].items() if other == number)
+
+
+def _described(splitter: Any, decoder: Any, model: dict[str, Any]) -> dict[str, Any]:
+  return {
+    'version': '1.0',
+    'truncation': None,
+    'padding': None,
+    'added_tokens': [],
+    'normalizer': None,
+    'pre_tokenizer': splitter,
+    'post_processor': None,
+    'decoder': decoder,
+    'model': model,
+  }

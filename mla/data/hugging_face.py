@@ -120,7 +120,7 @@ def _reader(described: Any, path: Path) -> Callable[[str], bytes]:
   """How a token's name is turned into the bytes of the text it stands for."""
   parts = _types(described.get('decoder')) | _types(described.get('pre_tokenizer'))
   if 'ByteLevel' in parts:
-    table = _byte_level()
+    table = byte_level()
     return lambda token: bytes(table[c] for c in token if c in table)
   if described['model'].get('byte_fallback'):
 
@@ -143,7 +143,7 @@ def _types(part: Any) -> set[str]:
   return set().union(*map(_types, part)) if isinstance(part, list) else set()
 
 
-def _byte_level() -> dict[str, int]:
+def byte_level() -> dict[str, int]:
   """The character that GPT-2's vocabulary writes for each byte, to the byte."""
   printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = [byte for byte in range(256) if byte not in printable]

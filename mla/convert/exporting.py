@@ -1,0 +1,79 @@
+"""A run in the layout of transformers: config, weights, generation settings and tokenizer."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mla import files, generate
+from mla.checkpoint import flatten
+from mla.convert import configs, layouts, vocabulary
+from mla.convert.importing import draft_of
+from mla.convert.sources import dumps, library
+from mla.errors import UserError
+
+SHARD = 5 * 10**9  # bytes of one file, as transformers splits them
+
+
+def export(workdir: Path, out: Path, kind: str, shard: int = SHARD) -> str:
+  """Writes the newest checkpoint of the run at `workdir` to the new folder `out`; returns the kind.
+
+  kind is one of configs.FORMATS[config.attention], or 'auto' for the first. Weights are float32, as
+  ours are. UserError that names the field the format has no word for; then nothing is written.
+  """
+  run = generate.load(workdir)
+  config = run.config
+  able = configs.FORMATS.get(config.attention, ())
+  if not able:
+    raise UserError(f'attention={config.attention}: no format of transformers has it')
+  kind = able[0] if kind == 'auto' else kind
+  if kind not in able:
+    raise UserError(
+      f'--format={kind}: {config.attention} is written as {" or ".join(able)}, or auto'
+    )
+  tokenizer, model = run.tokenizer, run.model
+  config = run.config.copy_and_resolve_references()
+  config.ffn_dim = model.blocks.ffn.w_gate.shape[-1]
+  their = configs.to_theirs(config, kind, tokenizer.vocab_size, tokenizer.bos)
+  with draft_of(out, 'out') as draft:
+    files.write_whole(draft / 'config.json', dumps(their))
+    generation = {key: their[key] for key in ('bos_token_id', 'eos_token_id')}
+    files.write_whole(draft / 'generation_config.json', dumps(generation))
+    for name, text in vocabulary.to_files(tokenizer).items():
+      files.write_whole(draft / name, text)
+    tensors = layouts.tensors(config, tokenizer.vocab_size, interleaved=kind != 'llama')
+    _write(draft, list(tensors), flatten(nnx.state(model, nnx.Param)), shard)
+  return kind
+
+
+def _write(folder: Path, tensors: list[layouts.Tensor], params: dict, shard: int) -> None:
+  """The weights, one file after another; more than one come with an index of them."""
+  groups: list[list[layouts.Tensor]] = [[]]
+  size = 0
+  for tensor in tensors:
+    nbytes = 4 * int(np.prod(tensor.shape))
+    if groups[-1] and size + nbytes > shard:
+      groups.append([])
+      size = 0
+    groups[-1].append(tensor)
+    size += nbytes
+  save = library('safetensors.numpy').save_file
+  table = {}
+  for number, group in enumerate(groups, 1):
+    single = len(groups) == 1
+    name = 'model.safetensors' if single else f'model-{number:05}-of-{len(groups):05}.safetensors'
+    save(
+      {tensor.name: _packed(tensor, params) for tensor in group}, folder / name, {'format': 'pt'}
+    )
+    table.update({tensor.name: name for tensor in group})
+  if len(groups) > 1:
+    total = sum(4 * int(np.prod(tensor.shape)) for tensor in tensors)
+    index = {'metadata': {'total_size': total}, 'weight_map': table}
+    files.write_whole(folder / 'model.safetensors.index.json', dumps(index))
+
+
+def _packed(tensor: layouts.Tensor, params: dict[str, jax.Array]) -> np.ndarray:
+  own = [np.asarray(params[f'{path}/value']) for path in tensor.ours]
+  own = own if tensor.layer is None else [array[tensor.layer] for array in own]
+  return np.ascontiguousarray(tensor.pack(*own), np.float32)
