@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-LAYERS, WIDTH, HIDDEN = 8, 768, 2304
+LAYERS, WIDTH, HIDDEN = 10, 768, 2304
 MEASURE = """
 import resource, sys
 sys.path.insert(0, {root!r})
