@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
@@ -111,7 +112,8 @@ def _assemble(source: Source, tensors: list[layouts.Tensor], config: ConfigDict,
     for path, part in zip(tensor.ours, parts, strict=True):
       own = arrays[f'{path}/value']
       own[... if tensor.layer is None else tensor.layer] = part
-  return unflatten(params, arrays)
+  # Orbax copies numpy's arrays before it writes them, and on a CPU these are the same memory.
+  return unflatten(params, {path: jax.device_put(array) for path, array in arrays.items()})
 
 
 @contextmanager
