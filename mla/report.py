@@ -337,7 +337,7 @@ def narrowest(summary: Mapping[str, Any]) -> str:
     if low is not None and high is not None:  # it saves something, and seeds say how sure we are
       within, beyond = high <= summary['margin'], low > summary['margin']
       side = 'within' if within else 'beyond' if beyond else 'undecided'
-      sides[side].append(f'C = {arm["latent_dim"]}')
+      sides[side].append(_latent_name(arm, arms))
   if not any(sides.values()):
     return 'How small the latent may be cannot be told from these results.'
   where = f'{summary["margin"]} nats of {summary["reference"]}'
@@ -351,7 +351,8 @@ def narrowest(summary: Mapping[str, Any]) -> str:
   for arm in arms:
     bounds = (arm['difference_to_smaller_latent'] or {}).get('ci95_simultaneous')
     if bounds:
-      step = f'{of_name[arm["smaller_latent"]]["latent_dim"]} to {arm["latent_dim"]}'
+      smaller = of_name[arm['smaller_latent']]
+      step = f'{_latent_name(smaller, arms)} to {_latent_name(arm, arms)}'
       gains += [step] if bounds[1] < 0 else []
       losses += [step] if bounds[0] > 0 else []
   shown = [
@@ -364,6 +365,12 @@ def narrowest(summary: Mapping[str, Any]) -> str:
     f'{", and ".join(shown) or "none is shown to matter"} '
     '(two-sided 95 %, simultaneous).'
   )
+
+
+def _latent_name(arm: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> str:
+  """'C = 16', where there is one arm of that width."""
+  alone = sum(other['latent_dim'] == arm['latent_dim'] for other in arms) == 1
+  return f'C = {arm["latent_dim"]}' if alone else arm['arm']
 
 
 def _listed(texts: Sequence[str]) -> str:

@@ -14,7 +14,8 @@ from sweeps import made_up_sweep
 from configs import base
 from mla import config as config_lib
 from mla import frontier, page, report, results, trials
-from mla.page.contents import POINTS, STEPS, command, contents, margin_grid
+from mla.page.contents import POINTS, STEPS, SYMBOLS, command, contents, margin_grid
+from mla.plots import styles
 
 PUBLISHED = Path(__file__).parent.parent / 'results' / 'frontier'
 DEFAULTS = config_lib.flatten(base.get_config())
@@ -74,6 +75,10 @@ def test_a_reference_that_failed_has_no_sweet_spot_at_any_margin():
     if arm['arm'] == summary['reference']:
       arm['failed_seeds'] = [1]
   assert frontier.sweet_spot_at(summary, 10.0)['arm'] is None
+
+
+def test_every_marker_has_its_symbol():
+  assert {marker for _, marker in styles.LOOKS} <= SYMBOLS.keys()
 
 
 def test_a_command_trains_the_trial_it_is_of(made_up):

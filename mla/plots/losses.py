@@ -182,7 +182,7 @@ def perplexity(figure: Figure, runs: Sequence[Mapping[str, Any]]) -> None:
   rows = panels.make(figure, points)
   dtypes = sorted({run['cache_dtype'] for run in runs})
   through = f'{" and ".join(dtypes)} cache' + ('s' if len(dtypes) > 1 else '')
-  bars = 'Bars: 95 % over windows of the text, not over seeds.'
+  bars = 'Bars: two-sided 95 % over windows of the text, not over seeds.'
   bars = bars if any(run['perplexity_ci95'] for run in runs) else 'Too few windows for an interval.'
   title = _least(sizes, points, told) or f'Perplexity through {through}'
   labels.headline(figure, title, f'One run each, {through}. {bars}')
@@ -259,7 +259,9 @@ def _bars_are(arms: Sequence[Mapping[str, Any]]) -> str:
   if seeds == [1]:
     return 'One seed an arm, so no intervals.'
   count = f'{seeds[0]}' if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]}'
-  told = f"Bars: an arm's own 95 % over {count} seeds."
+  told = f"Bars: an arm's own two-sided 95 % over {count} seeds."
+  if 2 in seeds:
+    told += ' Over two they say little.'
   return told if all(map(_fair, arms)) else f'{told} *: no fair mean, see report.md.'
 
 
