@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from mla import cache as cache_lib
 from mla import remat
-from mla.attention import append, make_attention
+from mla.attention import append, make_attention, nested
 from mla.attention.rope import Positions
 from mla.backends import swiglu
 from mla.cache import Cache
@@ -295,6 +295,17 @@ def sample(
     floor = jnp.min(jnp.where(before < top_p, ranked, jnp.inf), axis=-1, keepdims=True)
     logits = jnp.where(logits < floor, -jnp.inf, logits)
   return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+def cut_latent(model: Decoder, config: ConfigDict, width: int) -> tuple[Decoder, ConfigDict]:
+  """The model whose latent is the first `width` dims of a nested one, and its config.
+
+  `width` is one of config.nested. Projections and cache are smaller arrays.
+  """
+  config = nested.prefix_config(config, width)
+  config.ffn_dim = model.blocks.ffn.w_gate.shape[-1]  # was solved for the whole, if at all
+  graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, model.vocab)))
+  return nnx.merge(graphdef, nested.prefix(nnx.state(model, nnx.Param), width)), config
 
 
 def count_params(model: Decoder) -> tuple[int, int]:

@@ -90,7 +90,7 @@ def prefix(params: nnx.State, width: int) -> nnx.State:
 
 
 def prefix_config(config: ConfigDict, width: int) -> ConfigDict:
-  """That model's config; config.ffn_dim must be what was solved for the whole."""
+  """That model's config, but for ffn_dim, which the whole latent's was solved for."""
   config = config.copy_and_resolve_references()
   config.latent_dim = width
   config.nested = ','.join(str(end) for end in widths_of(config) if end <= width)

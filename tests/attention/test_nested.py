@@ -17,7 +17,7 @@ from mla.attention import nested
 from mla.attention.latent import LatentAttention
 from mla.errors import UserError
 from mla.layers import project
-from mla.model import allocate_cache, decode, forward, make_model, states
+from mla.model import allocate_cache, cut_latent, decode, forward, make_model, states
 from mla.optimizer import make_optimizer
 
 VOCAB = 61
@@ -36,9 +36,10 @@ def whole_model(dtype: str = 'float32'):
 @functools.cache
 def cut_model(width: int, dtype: str = 'float32'):
   """The model of smaller arrays."""
-  config = nested.prefix_config(tiny_config('mla_nested', dtype=dtype), width)
-  graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, VOCAB)))
-  return nnx.merge(graphdef, nested.prefix(nnx.state(whole_model(dtype)), width))
+  model, config = cut_latent(whole_model(dtype), tiny_config('mla_nested', dtype=dtype), width)
+  config_lib.validate(config)
+  assert config.latent_dim == width
+  return model
 
 
 def read(model, dtype):
