@@ -349,7 +349,7 @@ def evaluate(
 ) -> dict[str, float]:
   """Loss (nats a token) and bits per byte over the windows, without a cache (eval.py reads one)."""
   nll, count = 0.0, 0
-  size = config.batch_size
+  size = config.batch_size // config.accumulation_steps  # what training has memory for
   here = sharding.rows_here(size, mesh)
   for start in range(0, len(windows.tokens), size):
     tokens, mask = (rows[start : start + size] for rows in windows)

@@ -217,6 +217,7 @@ EVAL = [
   ('--workdir={poor_config}', 'poor_config.*lacks this field'),
   ('--workdir={untrained}', 'untrained: the run has no checkpoint yet'),
   ('--workdir={torn}', 'torn/checkpoints/1: cannot be read'),
+  ('--workdir={run} --max_tokens=0', '--max_tokens=0: must be'),
   ('--workdir={run} --cache_dtype=int4', '--cache_dtype=int4: choose one of float32'),
   ('--workdir={run} --json=/nowhere/a.json', '--json=/nowhere/a.json'),
   ('--workdir={run} --plot=/nowhere/a.png', '--plot=/nowhere/a.png'),

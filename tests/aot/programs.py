@@ -9,8 +9,9 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from configs import base
+from mla import cache as cache_lib
+from mla import evaluate, sharding, train
 from mla import model as model_lib
-from mla import sharding, train
 from mla.cache import Cache
 from mla.optimizer import make_optimizer
 
@@ -84,3 +85,19 @@ def compiled_generation(config, mesh: Mesh):
       return logits, model_lib.decode(model, cache, token)
 
     return jax.jit(both, donate_argnums=1).lower(*given).compile()
+
+
+def compiled_reading(config, mesh: Mesh, batch: int):
+  """Windows read through their cache, four chunks each."""
+  with jax.set_mesh(mesh):
+    model = nnx.eval_shape(lambda: model_lib.make_model(config, VOCAB))
+    graphdef, params = nnx.split(model)
+    layers = jax.eval_shape(
+      lambda: model_lib.allocate_cache(model, batch=batch, slots=256, dtype='bfloat16').layers
+    )
+    where = cache_lib.shardings(layers, batch, mesh)
+    split = batch % (mesh.shape['data'] * mesh.shape['fsdp']) == 0
+    rows = sharding.rows_sharding(mesh) if split else sharding.everywhere(mesh)
+    tokens = jax.ShapeDtypeStruct((batch, 257), jnp.int32, sharding=rows)
+    given = place(params, mesh), sharding.placed(layers, where), tokens
+    return evaluate.make_score(graphdef, mesh, where, 64).lower(*given).compile()

@@ -4,7 +4,14 @@ import re
 
 import pytest
 from jax.sharding import Mesh
-from programs import ARMS, compiled_generation, compiled_step, config_of, mesh_of
+from programs import (
+  ARMS,
+  compiled_generation,
+  compiled_reading,
+  compiled_step,
+  config_of,
+  mesh_of,
+)
 
 from mla import targets
 
@@ -27,3 +34,13 @@ def test_training_runs_splash_attention_and_no_loop(arm, remat):
 @pytest.mark.parametrize('arm', ARMS)
 def test_prompts_and_decoding_compile(arm):
   assert 'tpu_custom_call' in compiled_generation(config_of(arm), v5e(8, 1, 1)).as_text()
+
+
+@pytest.mark.parametrize('arm', ARMS)
+def test_evaluation_gathers_no_cache_and_weights_only_in_its_loop(arm):
+  """Eight windows by rows, with weights shared; and one, whose slots are split."""
+  shared = compiled_reading(config_of(arm), v5e(1, 8, 1), batch=8).as_text()
+  assert ' all-gather' in shared and ' all-gather' not in shared[shared.index('\nENTRY') :]
+  assert not re.findall(r'= \w+\[[\d,]*\b256\b[\d,]*\]\S* all-gather', shared)
+  alone = compiled_reading(config_of(arm), v5e(8, 1, 1), batch=1).as_text()
+  assert ' all-gather' not in alone and ' all-reduce' in alone
