@@ -383,21 +383,21 @@ def describe(config: ConfigDict, model: model_lib.Decoder, data: Data, mesh, ori
   devices = ' x '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
   whole = sharding.whole_weights(nnx.state(model, nnx.Param), mesh)
   named = ', '.join(f'{name} {nbytes:,} bytes' for name, nbytes in whole.items())
-  sharing = mesh.shape['fsdp'] if config.mesh.fsdp == 0 else 1
-  return (
-    (
-      f'mesh.fsdp=0: {sharing} devices share weights and optimiser, too large for one of them\n'
-      if sharing > 1
-      else ''
-    )
-    + (
-      f'whole on every device, as mesh.fsdp divides none of their axes: {named}\n' if whole else ''
-    )
-    + f'{config.attention}: {total:,} parameters, {body:,} without embeddings; '
-    f'{cache.bytes_per_token():,.0f} bytes of KV cache a token in bfloat16\n'
+  lines = [
+    f'{config.attention}: {total:,} parameters, {body:,} without embeddings; '
+    f'{cache.bytes_per_token():,.0f} bytes of KV cache a token in bfloat16',
     f'{len(data.train.tokens):,} training tokens; {config.num_steps} steps of '
-    f'{config.batch_size * config.seq_len:,}; {jax.default_backend()} mesh {devices}; {origin}'
-  )
+    f'{config.batch_size * config.seq_len:,}; {jax.default_backend()} mesh {devices}; {origin}',
+  ]
+  if whole:
+    lines.insert(0, f'whole on every device, as mesh.fsdp divides none of their axes: {named}')
+  if config.mesh.fsdp == 0 and mesh.shape['fsdp'] > 1:
+    lines.insert(
+      0,
+      f'mesh.fsdp=0: {mesh.shape["fsdp"]} devices share weights and optimiser, which would leave '
+      'too little memory on one',
+    )
+  return '\n'.join(lines)
 
 
 def _claim_together(

@@ -253,6 +253,8 @@ GENERATE = [
 
 # After `sweep.py --config=configs/mla_small.py --workdir=(a new one) --sweep=seed=0,1`.
 SWEEP = [
+  ('--price=1', '--price: goes with --dry_run'),
+  ('--dry_run --target=v9:2x4', '--target=v9:2x4: no such target'),
   ('--arms={foreign}', '--arms=.*foreign: is not a regular file'),
   ('--arms={leaving}', 'leaving.py: no get_arms'),
   ('--arms={no_arms}', 'no_arms.py: its get_arms.. names no arm'),

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import SHORT_RUN, tiny_config
+from conftest import SHORT_RUN, mesh_of, tiny_config
 
 import mla.train
 from mla import metrics
@@ -496,3 +496,13 @@ def test_mfu_is_logged_where_the_peak_is_known_and_a_trace_names_its_steps(
     expected = (6 * weights + attention) * line['tokens_per_second'] / (8 * 1e12)
     assert line['mfu'] == pytest.approx(expected, rel=0.02)
   assert len(lines) == 4
+
+
+def test_that_devices_share_weights_is_said_where_nobody_asked_for_it(text):
+  config = config_of(text)
+  data, model = load_data(config), make_model(config, 257)
+  shared, alone = mesh_of((2, 4, 1)), mesh_of((8, 1, 1))
+  assert 'mesh.fsdp=0: 4 devices share' in mla.train.describe(config, model, data, shared, 'new')
+  assert 'share' not in mla.train.describe(config, model, data, alone, 'new')
+  config.mesh = {'data': 2, 'fsdp': 4, 'tensor': 1}
+  assert 'share' not in mla.train.describe(config, model, data, shared, 'new')
