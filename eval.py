@@ -1,7 +1,7 @@
 """Evaluates runs: perplexity read through the KV cache, against the bytes of that cache.
 
   python eval.py --workdir=runs/mla_small --workdir=runs/mha_small
-  python eval.py --workdir=runs/mla_small --cache_dtype=int8
+  python eval.py --workdir=runs/mla_small --cache_dtype=float32,bfloat16,int8
   python eval.py --workdir=runs/mla_small --json=small.json --plot=small.png
 
 Prints a table, a line a run, by the bytes of the caches; mla/evaluate.py states the protocol.
@@ -15,7 +15,9 @@ from absl import flags
 from mla import cli
 
 WORKDIRS = flags.DEFINE_multi_string('workdir', [], 'a run; give it again for each further one')
-CACHE_DTYPE = flags.DEFINE_string('cache_dtype', 'bfloat16', 'float32, bfloat16 or int8')
+CACHE_DTYPE = flags.DEFINE_string(
+  'cache_dtype', 'bfloat16', 'float32, bfloat16 or int8; several with commas, a row each'
+)
 MAX_TOKENS = flags.DEFINE_integer(
   'max_tokens', None, 'about so many, in whole windows spread over the text; all when not given'
 )
@@ -36,9 +38,11 @@ def main() -> None:
   json_file, plot_file = paths.output('json', JSON.value, 'runs'), paths.picture('plot', PLOT.value)
   paths.distinct(json=json_file, plot=plot_file)
   backends.prepare(evaluate.BATCH)
+  dtypes = list(dict.fromkeys(CACHE_DTYPE.value.split(',')))
   runs = [
-    evaluate.evaluate_run(workdir, CACHE_DTYPE.value, print, MAX_TOKENS.value)
+    run
     for workdir in workdirs
+    for run in evaluate.evaluate_dtypes(workdir, dtypes, print, MAX_TOKENS.value)
   ]
   print('\n' + tables.compare(runs))
   if json_file:

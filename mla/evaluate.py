@@ -21,7 +21,7 @@ The protocol, so that anybody can repeat it:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from mla import backends, memory, sharding
+from mla import backends, memory, sharding, terminal
 from mla import cache as cache_lib
 from mla import config as config_lib
 from mla import model as model_lib
@@ -71,7 +71,17 @@ def evaluate_run(
   Raises UserError for a folder that holds no run, a damaged checkpoint, or a text that is not the
   one it was trained beside.
   """
-  return score_run(workdir, cache_dtype, say, max_tokens)[0]
+  return evaluate_dtypes(workdir, [cache_dtype], say, max_tokens)[0]
+
+
+def evaluate_dtypes(
+  workdir: Path,
+  cache_dtypes: Sequence[str],
+  say: Callable[[str], None] = lambda line: None,
+  max_tokens: int | None = None,
+) -> list[dict]:
+  """evaluate_run through a cache of each dtype; text and weights are read once."""
+  return [figures for figures, _ in _scores(workdir, cache_dtypes, say, max_tokens)]
 
 
 def score_run(
@@ -84,13 +94,21 @@ def score_run(
 
   With max_tokens: on about so many targets in whole windows, evenly spread over the split.
   """
-  if cache_dtype not in cache_lib.DTYPES:
-    raise UserError(f'--cache_dtype={cache_dtype}: choose one of {", ".join(cache_lib.DTYPES)}')
+  return next(_scores(workdir, [cache_dtype], say, max_tokens))
+
+
+def _scores(
+  workdir: Path, cache_dtypes: Sequence[str], say: Callable[[str], None], max_tokens: int | None
+) -> Iterator[tuple[dict, Float[np.ndarray, ' W']]]:
+  for cache_dtype in cache_dtypes:
+    if cache_dtype not in cache_lib.DTYPES:
+      raise UserError(f'--cache_dtype={cache_dtype}: choose one of {", ".join(cache_lib.DTYPES)}')
   if max_tokens is not None and max_tokens < 1:
     raise UserError(f'--max_tokens={max_tokens}: must be a positive number of tokens')
   config = read_config(workdir)
-  mesh = memory.reading_mesh(config, cache_dtype, batch=BATCH, chunk=CHUNK)
-  memory.check_reading(config, cache_dtype, mesh, batch=BATCH + -BATCH % mesh.size, chunk=CHUNK)
+  widest = max(cache_dtypes, key=lambda dtype: jnp.dtype(dtype).itemsize)
+  mesh = memory.reading_mesh(config, widest, batch=BATCH, chunk=CHUNK)
+  memory.check_reading(config, widest, mesh, batch=BATCH + -BATCH % mesh.size, chunk=CHUNK)
   try:
     backends.check(config.attention_impl, mesh)
   except UserError:  # it was for the devices that trained it
@@ -98,30 +116,33 @@ def score_run(
   data = load_data(config)
   model, step = load_model(workdir, config, data.tokenizer.vocab_size, data.digest, mesh)
   windows = eval_windows(data.validation, seq_len=config.seq_len, max_tokens=max_tokens)
-  say(f'{workdir}: {windows.mask.sum():,} targets through a {cache_dtype} cache')
-  read = read_through_cache(model, windows, cache_dtype, mesh)
-  nll = read.by_window
   targets = windows.mask.sum(axis=1)
   text_bytes = np.sum(data.tokenizer.byte_lengths[windows.tokens[:, 1:]] * windows.mask)
   total, body = model_lib.count_params(model)
   own = VARIANTS[config.attention].fields
-  figures = {
-    'workdir': str(workdir),
-    'attention': config.attention,
-    'latent_dim': config.latent_dim if 'latent_dim' in own else None,
-    'params_total': total,
-    'params_non_embedding': body,
-    'step': step,
-    'cache_dtype': cache_dtype,
-    'kv_cache_bytes_per_token': read.bytes_per_token,
-    'kv_cache_bytes_per_token_per_device': read.bytes_per_token_per_device,
-    'perplexity': float(np.exp(nll.sum() / targets.sum())),
-    'perplexity_ci95': bootstrap_perplexity(nll, targets),
-    'bits_per_byte': float(nll.sum() / (math.log(2) * text_bytes)),
-    'tokens_evaluated': int(targets.sum()),
-    'loss_by_position': loss_by_position(read.by_position, windows.mask.sum(axis=0)),
-  }
-  return figures, nll
+  for cache_dtype in cache_dtypes:
+    say(f'{workdir}: {windows.mask.sum():,} targets through a {cache_dtype} cache')
+    read = read_through_cache(model, windows, cache_dtype, mesh)
+    nll = read.by_window
+    yield (
+      {
+        'workdir': str(workdir),
+        'attention': config.attention,
+        'latent_dim': config.latent_dim if 'latent_dim' in own else None,
+        'params_total': total,
+        'params_non_embedding': body,
+        'step': step,
+        'cache_dtype': cache_dtype,
+        'kv_cache_bytes_per_token': read.bytes_per_token,
+        'kv_cache_bytes_per_token_per_device': read.bytes_per_token_per_device,
+        'perplexity': float(np.exp(nll.sum() / targets.sum())),
+        'perplexity_ci95': bootstrap_perplexity(nll, targets),
+        'bits_per_byte': float(nll.sum() / (math.log(2) * text_bytes)),
+        'tokens_evaluated': int(targets.sum()),
+        'loss_by_position': loss_by_position(read.by_position, windows.mask.sum(axis=0)),
+      },
+      nll,
+    )
 
 
 def load_model(
@@ -174,6 +195,7 @@ def read_through_cache(
 
   score = make_score(graphdef, mesh, place, chunk)
   by_window, by_position = [], np.zeros(length)
+  progress = terminal.Progress(-(-count // batch), f'{cache_dtype} cache')
   for start in range(0, count, batch):
     tokens = windows.tokens[start : start + batch]
     fill = ((0, batch - len(tokens)), (0, 0))
@@ -183,6 +205,8 @@ def read_through_cache(
     real = np.asarray(nll, np.float64)[: len(tokens)] * mask
     by_window.append(real.sum(axis=1))
     by_position += real.sum(axis=0)
+    progress.move()
+  progress.close()
   cache = cache_lib.Cache(layers, jnp.zeros(batch, jnp.int32))
   return Reading(
     np.concatenate(by_window),

@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import struct
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,8 @@ from typing import Any
 from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
-from tqdm import tqdm
 
-from mla import files
+from mla import files, terminal
 from mla.errors import UserError, first_line
 
 CURE = 'move it away'
@@ -40,11 +38,8 @@ class Metrics:
       raise files.cannot(f'{self.path}: cannot be written', error, CURE) from error
     self._board = Board(workdir / 'tensorboard', start)
     self._wandb = wandb
-    self._bar = (
-      tqdm(total=total, initial=start, unit='step', dynamic_ncols=True)
-      if sys.stderr.isatty()
-      else None
-    )
+    self._bar = terminal.bar(total, start)
+    self._following = None if self._bar is None else terminal.Following(self._bar)
     self._first: tuple[float, int] | None = None  # when and where the steady state began
 
   def write(self, step: int, values: dict[str, float]) -> None:
@@ -55,26 +50,36 @@ class Metrics:
     except OSError as error:
       raise files.cannot(f'{self.path}: cannot be written', error, CURE) from error
     for name, value in values.items():
-      self._board.add(step, summary=summary.scalar(name, value))
+      self._board.add(step, summary=summary.scalar(tag(name), value))
     if self._wandb is not None:
       self._wandb.log(step, values)
 
   def write_text(self, step: int, name: str, text: str) -> None:
-    self._board.add(step, summary=summary.text(name, text))
+    self._board.add(step, summary=summary.text(f'eval/{name}', text))
+
+  def step(self, ended: Callable[[], bool]) -> None:
+    """One more is under way; ended() says whether the devices are through with it."""
+    if self._following is not None:
+      self._following.add(ended)
+
+  def doing(self, what: str) -> None:
+    """What takes time before the next step: beside the bar, or a line."""
+    if self._bar is None:
+      print(what, flush=True)
+    else:
+      self._bar.set_postfix_str(what)
 
   def progress(self, step: int, values: dict[str, float]) -> None:
-    """Moves the bar on a terminal; prints a plain line in a pipe."""
+    """Beside the bar on a terminal; a plain line in a pipe."""
     loss, speed = values['loss'], values['tokens_per_second']
     if self._bar is not None:
-      self._bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tokens/s', refresh=False)
-      self._bar.update(step - self._bar.n)
+      self._bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tokens/s')
       return
     now = time.monotonic()
     began, start = self._first = self._first or (now, step)
     left = ''
     if step > start:
-      minutes, seconds = divmod(round((now - began) / (step - start) * (self.total - step)), 60)
-      left = f'  {minutes}:{seconds:02d} left'
+      left = f'  {terminal.clock((now - began) / (step - start) * (self.total - step))} left'
     if 'mfu' in values:
       left = f'  {values["mfu"]:.0%} MFU{left}'
     number = f'{step:>{len(str(self.total))}}/{self.total}'
@@ -83,12 +88,13 @@ class Metrics:
   def say(self, line: str) -> None:
     """A line of its own, above the bar where there is one."""
     if self._bar is None:
-      print(line, flush=True)
+      print(terminal.fit(line), flush=True)
     else:
-      self._bar.write(line)
+      self._bar.write(terminal.fit(line))
 
   def close(self) -> None:
-    if self._bar is not None:
+    if self._bar is not None and self._following is not None:
+      self._following.close()
       self._bar.close()
     self._board.close()
     if self._wandb is not None:
@@ -100,6 +106,11 @@ class Metrics:
 
   def __exit__(self, *_) -> None:
     self.close()
+
+
+def tag(name: str) -> str:
+  """A number's name in TensorBoard: train/loss, eval/bits_per_byte."""
+  return f'eval/{name.removeprefix("eval_")}' if name.startswith('eval_') else f'train/{name}'
 
 
 class Board:
@@ -203,6 +214,12 @@ class NoMetrics:
     pass
 
   def progress(self, step: int, values: dict[str, float]) -> None:
+    pass
+
+  def step(self, ended: Callable[[], bool]) -> None:
+    pass
+
+  def doing(self, what: str) -> None:
     pass
 
   def say(self, line: str) -> None:

@@ -25,8 +25,10 @@ from mla.errors import Diverged, MachineError, UserError, first_line
 from mla.evaluate import score_run
 from mla.results import Results, are_costs, costs_of, read_costs, write_costs
 from mla.signals import StopSignal
+from mla.terminal import clock
 from mla.train import train_leased
 from mla.trials import Trial
+from mla.watch import Watch
 from mla.workdir import lease_workdir
 
 CACHE_DTYPE = 'bfloat16'  # of the cache the trials are read through
@@ -89,10 +91,12 @@ def run_sweep(
       total = len(first) + len(arms) * (len(seeds) - 1)
     else:
       stages, total = iter([list(trials)]), len(trials)
-    progress = Progress(total, say)
+    watch = Watch(trials, folder, say)
+    progress = Progress(total, watch.say, folder / 'logs')
 
     def done(trial: Trial, line: dict[str, Any]) -> None:
       results.add(line)
+      watch.ended(trial)
       progress.ended(line)
 
     for stage in stages:
@@ -100,7 +104,8 @@ def run_sweep(
       ended = results.of([trial for trial in stage if results.has(trial)])
       progress.stage(ended, len(results.of(left)), len(left))
       if left:
-        engine(left, folder, done)
+        with watch:
+          engine(left, folder, done)
     progress.close()
     return results.of(trials)
 
@@ -171,10 +176,8 @@ def _score(trial: Trial, workdir: Path) -> dict[str, Any]:
   """The line of a trial that is trained, without its speed."""
   figures, nll = score_run(workdir, CACHE_DTYPE, max_tokens=trial.config.data.eval_tokens)
   # The report's interval is over seeds, and which devices a trial met is no result.
-  for (
-    name
-  ) in 'workdir perplexity_ci95 loss_by_position kv_cache_bytes_per_token_per_device'.split():
-    del figures[name]
+  left_out = 'workdir perplexity_ci95 loss_by_position kv_cache_bytes_per_token_per_device'.split()
+  figures = {name: value for name, value in figures.items() if name not in left_out}
   loss = float(nll.sum()) / figures['tokens_evaluated']
   if not math.isfinite(loss):
     raise Diverged(f'read through a {CACHE_DTYPE} cache its loss is not finite')
@@ -270,8 +273,8 @@ def _compile_costs(config: ConfigDict) -> dict[str, Any]:
 class Progress:
   """How many trials there are, then a line for each that ends, with how long the rest will take."""
 
-  def __init__(self, total: int, say: Callable[[str], None]):
-    self._total, self._say = total, say
+  def __init__(self, total: int, say: Callable[[str], None], logs: Path):
+    self._total, self._say, self._logs = total, say, logs
     self._done = self._diverged = self._ran = 0
     self._told = False
     self._began = time.monotonic()
@@ -285,15 +288,14 @@ class Progress:
       if self._done:
         head = f'{self._done} of {self._total} trials are done already{self._final()}'
       self._say(head + (f'; {again} that failed before are tried again' if again else ''))
+      self._say(f'what they print goes to {self._logs}')
       self._told = True
 
   def ended(self, line: Mapping[str, Any]) -> None:
     self._done, self._ran = self._done + 1, self._ran + 1
     left = (self._total - self._done) * (time.monotonic() - self._began) / self._ran
-    minutes, seconds = divmod(round(left), 60)
-    clock = f'{minutes // 60}:{minutes % 60:02d}:{seconds:02d}'
     result = f'loss {line["loss"]:.4f}' if line['status'] == 'done' else f'FAILED: {line["error"]}'
-    self._say(f'[{self._done}/{self._total}] {line["trial"]}  {result}  {clock} left')
+    self._say(f'[{self._done}/{self._total}] {line["trial"]}  {result}  {clock(left)} left')
 
   def close(self) -> None:
     if not self._told:

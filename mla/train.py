@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
-from mla import backends, flops, hosts, memory, sharding, targets
+from mla import backends, flops, hosts, memory, sharding, targets, terminal
 from mla import config as config_lib
 from mla import loss as loss_lib
 from mla import model as model_lib
@@ -107,6 +107,8 @@ def _train(
   sharding.check_batch(config, mesh)
   backends.check(config.attention_impl, mesh)
   memory.check_training(config, mesh)
+  if hosts.is_first():
+    print('preparing the text', flush=True)
   data = load_data(config)
   model = nnx.eval_shape(lambda: model_lib.make_model(config, data.tokenizer.vocab_size))
   chip = targets.chip(mesh.devices.flat[0].device_kind)
@@ -141,10 +143,9 @@ def _train(
     state, start = _restore(checkpoints, abstract, placement, batches, run)
     if start >= config.num_steps:
       if hosts.is_first():
-        print(
-          f'{workdir}: already trained to step {start} of {config.num_steps}; nothing to do. '
-          f'To train its weights on, start a new run from them: --init_from={workdir} --workdir=DIR'
-        )
+        done = f'{workdir}: already trained to step {start} of {config.num_steps}; nothing to do.'
+        more = f'--init_from={workdir} --workdir=DIR'
+        print(terminal.fit(f'{done} To train its weights on, start a new run from them: {more}'))
       return Ending.COMPLETE
     origin = f'from step {start}'
     if state is None:
@@ -165,11 +166,13 @@ def _train(
 
     # The compiled parts.
     graphdef = nnx.graphdef(model)
+    metrics.doing('compiling the training step')
     began = time.monotonic()
     batch = sharding.put_batch(next(batches), mesh, config.batch_size)
     jitted = jit_step(config, graphdef, optimizer, placement)
     step_fn = jitted.lower(state, batch).compile()
     metrics.say(f'compiled the training step in {time.monotonic() - began:.1f} s')
+    metrics.doing('the first step')
     eval_fn = jax.jit(functools.partial(eval_step, graphdef))
     everywhere = NamedSharding(mesh, PartitionSpec())
     sample_fn = jax.jit(functools.partial(sample_text, config, graphdef), out_shardings=everywhere)
@@ -184,6 +187,7 @@ def _train(
     for step in range(start + 1, config.num_steps + 1):
       with trace.step(step):
         state, measured = step_fn(state, batch)
+      metrics.step(measured['loss'].is_ready)
       if trace.begun(step, measured):
         metrics.say(f'steps {trace.first} to {step} are traced: tensorboard --logdir={workdir}')
       last = step == config.num_steps
@@ -205,6 +209,7 @@ def _train(
         values = {name: float(value) for name, value in measured.items()}
         values['learning_rate'] = float(schedule(step - 1))
         values['tokens_per_second'] = tokens / (now - since)
+        values['tokens_seen'] = step * config.batch_size * config.seq_len
         if chip and chip.flops:  # the share of the bfloat16 peak in useful FLOPs: flops.worth
           values['mfu'] = worth * values['tokens_per_second'] / (chip.flops * mesh.size)
         metrics.write(step, values)
@@ -215,11 +220,11 @@ def _train(
         _check_finite(evaluation, step, checkpoints)
         metrics.write(step, evaluation)
         loss, bits = evaluation['eval_loss'], evaluation['eval_bits_per_byte']
-        said = f'step {step}  eval loss {loss:.4f}  {bits:.4f} bits per byte'
+        said = f'step {step}  eval loss {loss:.4f}  {bits:.4f} bits per byte; it writes:'
         sampled = sample_fn(state.params, jax.random.fold_in(state.key, state.step), prompt)
         text = SAMPLE_PROMPT + data.tokenizer.decode(np.asarray(sampled[0]))
         metrics.write_text(step, 'sample', text)
-        metrics.say(f'{said}  {text!r}')
+        metrics.say(f'{said}\n{terminal.quoted(text)}')
         if report is not None:
           report(step, evaluation)
         since, since_step = time.monotonic(), step

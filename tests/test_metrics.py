@@ -214,16 +214,18 @@ def events(folder: Path) -> list[Event]:
 def test_events_repeat_the_lines(tmp_path):
   with Metrics(tmp_path, start=0, total=20) as run:
     for line in LINES:
-      run.write(line['step'], {'loss': line['loss']})
+      run.write(line['step'], {'loss': line['loss'], 'eval_loss': 2.0})
     run.write_text(8, 'sample', 'Was it a car?')
   read = events(tmp_path / 'tensorboard')
   losses = {
     (event.step, value.tag): value.simple_value
     for event in read
     for value in event.summary.value
-    if value.tag == 'loss'
+    if value.tag == 'train/loss'
   }
-  assert losses == {(line['step'], 'loss'): pytest.approx(line['loss']) for line in LINES}
+  assert losses == {(line['step'], 'train/loss'): pytest.approx(line['loss']) for line in LINES}
+  tags = {value.tag for event in read for value in event.summary.value}
+  assert all(tag.startswith(('train/', 'eval/')) for tag in tags) and 'eval/loss' in tags
   assert b'Was it a car?' in read[-1].SerializeToString()
 
 
