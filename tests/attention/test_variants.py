@@ -1,7 +1,5 @@
 """What the variants say of themselves, against the papers and against what they build."""
 
-import inspect
-
 import pytest
 from conftest import ARMS, tiny_config
 
@@ -25,12 +23,8 @@ def test_what_is_kept_is_the_papers(variant):
   assert (len(vectors), sum(vectors)) == PAPERS[variant]
 
 
-def test_every_variant_has_an_arm_and_reads_the_fields_it_names():
+def test_every_variant_has_an_arm():
   assert {fields['attention'] for fields in ARMS.values()} == set(VARIANTS)
-  for name, variant in VARIANTS.items():
-    source = inspect.getsource(inspect.getmodule(variant.module))
-    for field in variant.fields:
-      assert f'config.{field}' in source, (name, field)
 
 
 def test_a_field_of_one_variant_alone_is_missed_by_no_other(monkeypatch):
