@@ -29,6 +29,8 @@ HINT = (
   'figures; click it for its command and training curves below. Click a name in the legend to hide '
   'its arms, twice to see them alone; click the picture twice for all arms, also those far off.'
 )
+ASIDE = 0.008  # of the axis' width: how far right of its arm a seed stands
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#000000')
 FAR = 3  # quartile distances above the upper quartile: out of the picture until one zooms out
 
 
@@ -61,7 +63,8 @@ def contents(
     'traces': traces,
     'ring': len(traces) - 1,
     'layout': _layout(summary),
-    'curves_layout': _plain('step', 'loss, nats per token'),
+    # The legend at the right: it may be long, and above it lies what plotly offers to do.
+    'curves_layout': {**_plain('step', 'loss, nats per token'), 'legend': {}},
     'arms': [
       {
         'arm': arm['arm'],
@@ -171,13 +174,15 @@ def _traces(
   """
   arms = summary['arms']
   sizes = [arm['kv_cache_bytes_per_token'] for arm in arms]
-  spots = panels.side_by_side(sizes, panels.log_limits(sizes))
+  low, high = panels.log_limits(sizes)
+  spots = panels.side_by_side(sizes, (low, high))
+  aside = (high / low) ** ASIDE
   places = {arm['arm']: float(x) for arm, x in zip(arms, spots, strict=True)}
   family = styles(arm['attention'] for arm in arms)
   traces = []
   for variant, look in family.items():
     ours = [arm for arm in arms if arm['attention'] == variant]
-    traces += [_arms_trace(ours, places, look, hovers), _seeds_trace(ours, places, look)]
+    traces += [_arms_trace(ours, places, look, hovers), _seeds_trace(ours, places, aside, look)]
   best: list[Mapping[str, Any]] = []
   for arm in arms:
     fair = not (arm['failed_seeds'] or arm['tuned_on_itself'])
@@ -225,13 +230,13 @@ def _arms_trace(
 
 
 def _seeds_trace(
-  arms: Sequence[Mapping[str, Any]], places: Mapping[str, float], look: Style
+  arms: Sequence[Mapping[str, Any]], places: Mapping[str, float], aside: float, look: Style
 ) -> dict[str, Any]:
   seeds = [(arm, seed, loss) for arm in arms for seed, loss in arm['losses'].items()]
   return {
     'type': 'scatter', 'mode': 'markers', 'legendgroup': arms[0]['attention'],
     'showlegend': False, 'name': f'{look.label}, seeds',
-    'x': [places[arm['arm']] * 1.012 for arm, _, _ in seeds],
+    'x': [places[arm['arm']] * aside for arm, _, _ in seeds],
     'y': [loss for _, _, loss in seeds],
     'marker': {'symbol': 'circle', 'size': 5, 'color': look.colour, 'opacity': 0.35},
     'customdata': [arm['arm'] for arm, _, _ in seeds],
@@ -328,13 +333,14 @@ def _curves(
   arm: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], trials: Path
 ) -> list[dict[str, Any]]:
   """Training and evaluation losses of an arm's trials, those that judge it first."""
-  found = []
+  found, trials_shown = [], 0
   for line in sorted(lines, key=lambda line: (not _counts(line, arm), line['seed'])):
     try:
       logged = metrics.read(trials / line['trial'] / 'metrics.jsonl')
     except (OSError, UserError):  # its folder has gone, or is damaged: the page is of the results
       continue
-    counts = _counts(line, arm)
+    counts, colour = _counts(line, arm), COLOURS[trials_shown % len(COLOURS)]
+    trials_shown += 1
     name = f'seed {line["seed"]}' + (
       f', rate {line["learning_rate"]:g}' if len(arm['learning_rates_tried']) > 1 else ''
     )
@@ -346,7 +352,7 @@ def _curves(
           'name': f'{name}, {told}', 'legendgroup': name,
           'visible': True if counts else 'legendonly',
           'x': [step for step, _ in points], 'y': [loss for _, loss in points],
-          'line': {'dash': dash, 'width': 1.3},
+          'line': {'dash': dash, 'width': 1.3, 'color': colour},
         })  # fmt: skip
   return found
 
