@@ -2,6 +2,7 @@
 through caches whose parts differ in dtype. For looking at, not for training or decoding.
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
@@ -118,22 +118,24 @@ def losses(
 
   `dtypes` says which, by what the variant keeps; what it does not name is kept in float32.
   """
+  return np.asarray(_losses(model, jnp.asarray(texts), tuple(dtypes.items())), np.float64)
+
+
+@functools.partial(jax.jit, static_argnames='dtypes')
+def _losses(
+  model: model_lib.Decoder, texts: Int[Array, 'B window'], dtypes: tuple[tuple[str, str], ...]
+) -> Float[Array, 'B T']:
   batch, length = texts.shape[0], texts.shape[1] - 1
-
-  def read(model, texts):
-    caches = {
-      dtype: model_lib.allocate_cache(model, batch=batch, slots=length, dtype=dtype).layers
-      for dtype in {'float32', *dtypes.values()}
-    }
-    layers = tuple(
-      {name: caches[dtypes.get(name, 'float32')][index][name] for name in layer}
-      for index, layer in enumerate(caches['float32'])
-    )
-    cache = Cache(layers, jnp.zeros(batch, jnp.int32))
-    logits, _ = model_lib.decode(model, cache, texts[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, texts[:, 1:])
-
-  return np.asarray(nnx.jit(read)(model, jnp.asarray(texts)), np.float64)
+  caches = {
+    dtype: model_lib.allocate_cache(model, batch=batch, slots=length, dtype=dtype).layers
+    for dtype in {'float32', *dict(dtypes).values()}
+  }
+  layers = tuple(
+    {name: caches[dict(dtypes).get(name, 'float32')][index][name] for name in layer}
+    for index, layer in enumerate(caches['float32'])
+  )
+  logits, _ = model_lib.decode(model, Cache(layers, jnp.zeros(batch, jnp.int32)), texts[:, :-1])
+  return optax.softmax_cross_entropy_with_integer_labels(logits, texts[:, 1:])
 
 
 def cost_of_int8(

@@ -15,12 +15,12 @@ VOCAB = 50
 
 @pytest.fixture(scope='module')
 def model():
-  return model_lib.make_model(tiny_config('mla'), VOCAB)
+  return model_lib.make_model(tiny_config('mla', num_layers=1), VOCAB)
 
 
 @pytest.fixture(scope='module')
 def texts():
-  return np.random.default_rng(0).integers(0, VOCAB, (6, 33)).astype(np.int32)
+  return np.random.default_rng(0).integers(0, VOCAB, (6, 17)).astype(np.int32)
 
 
 def test_effective_rank_counts_equal_axes():
@@ -36,19 +36,19 @@ def test_effective_rank_counts_equal_axes():
 
 def test_what_is_kept_is_what_the_cache_holds(model, texts):
   kept = inside.kept(model, texts[:, :-1])
-  assert kept['latent'].shape == (2, 6, 32, 14) and kept['k_rope'].shape == (2, 6, 32, 4)
+  assert kept['latent'].shape == (1, 6, 16, 14) and kept['k_rope'].shape == (1, 6, 16, 4)
   longer = inside.kept(model, texts[:, :-5])
-  np.testing.assert_allclose(kept['latent'][:, :, :28], longer['latent'], atol=1e-5)
+  np.testing.assert_allclose(kept['latent'][:, :, :12], longer['latent'], atol=1e-5)
 
 
 def test_attention_maps_make_the_attention_that_the_model_computes(model, texts):
   """The maps, over values made of the latents, give each layer's output."""
   tokens = jnp.asarray(texts[:2, :-1])
   maps = inside.attention_maps(model, tokens)
-  assert maps.shape == (2, 2, 4, 32, 32)
+  assert maps.shape == (1, 2, 4, 16, 16)
   np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
   assert not np.triu(maps, 1).any()
-  positions, x = np.arange(32)[None], model.embed(tokens)
+  positions, x = np.arange(16)[None], model.embed(tokens)
   for block, seen in zip(model.layers(), maps, strict=True):
     h = block.attention_norm(x)
     entries = block.attention.compress(h, positions)
@@ -63,7 +63,7 @@ def test_losses_are_those_of_the_model_and_of_the_evaluation(model, texts):
   logits = model_lib.forward(model, jnp.asarray(texts[:, :-1]))
   nll = optax.softmax_cross_entropy_with_integer_labels(logits, texts[:, 1:])
   np.testing.assert_allclose(whole, nll, atol=1e-4)
-  windows = EvalWindows(texts, np.ones((6, 32), bool))
+  windows = EvalWindows(texts, np.ones((6, 16), bool))
   read = evaluate.read_through_cache(model, windows, 'int8', mesh_of((1, 1, 1)))
   both = inside.losses(model, texts, {'latent': 'int8', 'k_rope': 'int8'})
   np.testing.assert_allclose(both.sum(1), read.by_window, atol=1e-3)

@@ -31,7 +31,8 @@ def small_sweep(tmp_path_factory) -> Path:
 @pytest.fixture(scope='module')
 def tiny_run(text, tmp_path_factory) -> Path:
   workdir = tmp_path_factory.mktemp('runs') / 'mla'
-  train_and_evaluate(tiny_config('mla', data__files=str(text), data__eval_tokens=64), workdir)
+  fields = {'num_layers': 1, 'eval_every': 4, 'checkpoint_every': 4, 'data__eval_tokens': 64}
+  train_and_evaluate(tiny_config('mla', data__files=str(text), **fields), workdir)
   return workdir
 
 

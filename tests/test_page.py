@@ -28,6 +28,11 @@ def shown(folder: Path) -> dict:
 
 
 @pytest.fixture(scope='module')
+def published() -> dict:
+  return shown(PUBLISHED)
+
+
+@pytest.fixture(scope='module')
 def made_up(tmp_path_factory) -> Path:
   folder = made_up_sweep(tmp_path_factory.mktemp('sweep'), {HOSTILE: ('gqa', 24.0, 1.25)})
   report.write(folder)
@@ -95,17 +100,16 @@ def test_a_command_trains_the_trial_it_is_of(made_up):
     assert trials.digest(config) == line['digest']
 
 
-def test_results_that_do_not_say_their_config_say_so():
-  (arm,) = [arm for arm in shown(PUBLISHED)['arms'] if arm['arm'] == 'gqa']
+def test_results_that_do_not_say_their_config_say_so(published):
+  (arm,) = [arm for arm in published['arms'] if arm['arm'] == 'gqa']
   assert '--config=CONFIG' in arm['command'] and '--config.num_kv_heads=2' in arm['command']
   assert 'put it for CONFIG' in arm['remark']
 
 
-def test_an_arms_figures_are_those_of_the_report():
-  held = shown(PUBLISHED)
+def test_an_arms_figures_are_those_of_the_report(published):
   hovers = {
     name: text
-    for trace in held['traces']
+    for trace in published['traces']
     if 'error_y' in trace
     for name, text in zip(trace['customdata'], trace['text'], strict=True)
   }
@@ -118,8 +122,8 @@ def test_an_arms_figures_are_those_of_the_report():
     assert '5 seeds: 1, 2, 3, 4, 5' in text and 'python train.py' in text
 
 
-def test_cells_are_sorted_by_their_numbers():
-  frontier_table = shown(PUBLISHED)['tables'][0]
+def test_cells_are_sorted_by_their_numbers(published):
+  frontier_table = published['tables'][0]
   arms = json.loads((PUBLISHED / 'frontier.json').read_text())['arms']
   for arm, row in zip(arms, frontier_table['rows'], strict=True):
     values = dict(zip(frontier_table['heads'], row['values'], strict=True))
@@ -160,8 +164,8 @@ def test_whatever_a_name_says_it_stays_data(made_up):
   assert not any('</script' in text for text in texts)
 
 
-def test_the_page_names_no_other_and_forbids_it():
-  whole = page.whole(shown(PUBLISHED), '')
+def test_the_page_names_no_other_and_forbids_it(published):
+  whole = page.whole(published, '')
   assert not re.findall(r'(?:src|href)="(?!data:)|https?:|url\(|@import', whole)
   assert "default-src 'none'" in whole
 
