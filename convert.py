@@ -2,23 +2,28 @@
 
   python convert.py import --hf=DIR|--gguf=FILE --workdir=W     a published model becomes a run
   python convert.py export --workdir=W --out=DIR                a run, as transformers loads it
+  python convert.py compress --workdir=W --latent_dim=C --out=V a trained MHA, GQA or MQA run as MLA
 
 Exit codes: 0 done, 2 a mistake in what was given, with nothing written, 1 the machine failed.
 """
 
 import sys
+from pathlib import Path
 
 from absl import flags
 
 from configs import base
 from mla import cli, paths
-from mla.convert import configs, exporting, importing
+from mla.convert import compress, configs, exporting, importing
 from mla.errors import UserError
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'the run')
 HF = flags.DEFINE_string('hf', None, 'import: a folder with config.json and safetensors')
-OUT = flags.DEFINE_string('out', None, 'export: the folder to make')
+OUT = flags.DEFINE_string('out', None, 'export, compress: the folder to make')
 FORMAT = flags.DEFINE_string('format', 'auto', f'export: auto, {", ".join(configs.CLASSES)}')
+LATENT = flags.DEFINE_integer('latent_dim', None, "compress: C, the latent's width")
+ROPE = flags.DEFINE_integer('rope_dim', None, 'compress: R, dims that still turn; all if not given')
+METHOD = flags.DEFINE_string('method', 'whitened', f'compress: {", ".join(compress.METHODS)}')
 GGUF = flags.DEFINE_string('gguf', None, 'import: a GGUF file in the layout of Llama')
 
 
@@ -37,21 +42,38 @@ def import_() -> None:
 
 
 def export() -> None:
-  workdir = _workdir()
-  if OUT.value is None:
-    raise UserError('--out: which folder shall be made? e.g. --out=exported')
-  out = paths.folder('out', OUT.value)
+  workdir, out = _workdir(), _out()
   kind = exporting.export(workdir, out, FORMAT.value)
   print(f'{out}: {kind}; transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})')
 
 
-def _workdir():
+def compress_() -> None:
+  workdir, out = _workdir(), _out()
+  if LATENT.value is None:
+    raise UserError('--latent_dim: how wide shall the latent be? e.g. --latent_dim=128')
+  report = compress.compress(
+    workdir, out, latent_dim=LATENT.value, rope_dim=ROPE.value, method=METHOD.value
+  )
+  source, rotary, whole = (report['loss'][k] for k in ('source', 'rotary_only', 'compressed'))
+  print(
+    f'{out}: loss {whole:.4f}, of the source {source:.4f}; {rotary - source:+.4f} by the rotary '
+    f'part, {whole - rotary:+.4f} by the rank'
+  )
+
+
+def _out() -> Path:
+  if OUT.value is None:
+    raise UserError('--out: which folder shall be made? e.g. --out=runs/converted')
+  return paths.folder('out', OUT.value)
+
+
+def _workdir() -> Path:
   if WORKDIR.value is None:
     raise UserError('--workdir: which run? e.g. --workdir=runs/imported')
   return paths.folder('workdir', WORKDIR.value)
 
 
-COMMANDS = {'import': import_, 'export': export}
+COMMANDS = {'import': import_, 'export': export, 'compress': compress_}
 
 
 def command(argv: list[str]) -> tuple[str, list[str]]:

@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
       'rope_scaling': 'none',  # none | yarn:... | llama3:... (mla/rope_scaling.py)
       'norm_eps': 1e-6,  # what RMSNorm adds to the mean square; MLA's latents always have 1e-6
       'tie_embeddings': False,  # whether the embedding makes the logits too
+      'latent_norm': True,  # mla only: RMSNorm on the latent; a model compressed later has none
       # Of the embedding's first values. Of 0.02, 0.09, 0.15 and 1.0 the best at width 128
       # (docs/log.md).
       'embedding_std': 0.15,

@@ -290,10 +290,10 @@ class Checkpoints:
     """(step, batches taken) of the newest checkpoint that is not damaged; those that are go."""
     for step in reversed(self.steps()):
       try:
-        if self._run(step)['data'] == IMPORTED:
+        if 'origin' in self._run(step):
           raise UserError(
-            f'--workdir={self._workdir}: holds weights from elsewhere, which nobody can go on '
-            f'training exactly; give another --workdir and --init_from={self._workdir}'
+            f'--workdir={self._workdir}: holds weights that were converted, without what training '
+            f'them needs to go on; give another --workdir and --init_from={self._workdir}'
           )
         self._check_whole(step, ('params', 'training', 'run'))
         saved = self._check_run(step, run)

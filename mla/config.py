@@ -50,6 +50,7 @@ ADDED: dict[str, Any] = {
   'rope_scaling': 'none',
   'norm_eps': 1e-6,
   'tie_embeddings': False,
+  'latent_norm': True,
   'round_to': 0,
   'nested': '',
 }
@@ -165,8 +166,8 @@ def _check_choices(config: ConfigDict) -> None:
   }
   for name, choices in choices_of.items():
     _require(config[name] in choices, name, config, f'choose one of {", ".join(choices)}')
-  tied = config.tie_embeddings
-  _require(isinstance(tied, bool), 'tie_embeddings', config, 'must be True or False')
+  for name in ('tie_embeddings', 'latent_norm'):
+    _require(isinstance(config[name], bool), name, config, 'must be True or False')
   rope_scaling.parse(config.rope_scaling)
 
 

@@ -37,7 +37,9 @@ class LatentAttention(nnx.Module):
     self.scale = (N + R) ** -0.5 * self.rotation.sharpness
     self.w_dkv = weight(rngs, fan_in=D, D=D, C=C)
     # The norm fixes the latent's scale, so that a sweep over C does not sweep that of k and v too.
-    self.latent_norm = RMSNorm(C=C)
+    # A compressed model has none: its keys and values are linear in the input.
+    if config.latent_norm:
+      self.latent_norm = RMSNorm(C=C)
     self.w_uk = weight(rngs, fan_in=C, C=C, H=H, N=N)
     self.w_uv = weight(rngs, fan_in=C, C=C, H=H, V=V)
     self.w_kr = weight(rngs, fan_in=D, D=D, R=R)
@@ -58,7 +60,8 @@ class LatentAttention(nnx.Module):
 
   def _latents(self, x: Float[Array, 'B T D']) -> dict[str, Array]:
     """The normed latent, in the parts that it is kept in."""
-    return {'latent': self.latent_norm(project(x, self.w_dkv))}
+    latent = project(x, self.w_dkv)
+    return {'latent': self.latent_norm(latent) if hasattr(self, 'latent_norm') else latent}
 
   def attend(
     self, x: Float[Array, 'B T D'], entries: dict[str, Array], positions: Positions

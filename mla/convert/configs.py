@@ -279,6 +279,8 @@ def _refuse_what_they_lack(config: ConfigDict, kind: str, values: int) -> None:
   def refuse(name: str, why: str) -> None:
     raise UserError(f'{name}={config[name]}: {why}, so the run cannot be exported as {kind}')
 
+  if kind != 'llama' and not config.latent_norm:
+    refuse('latent_norm', "DeepSeek's models norm their latents")
   if kind == 'llama':
     if values != config.head_dim:
       refuse('value_head_dim', "a Llama's values are as wide as its keys")

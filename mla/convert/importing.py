@@ -79,7 +79,12 @@ def _import(
     config.data.tokenizer = f'hf:{workdir.absolute() / TOKENIZER}'
     files.write_whole(draft / 'config.json', dumps(config_lib.to_json(config)))
     digest = HuggingFaceTokenizer(draft / TOKENIZER).digest
-    run = {'config': config_lib.to_json(config), 'data': IMPORTED, 'tokenizer': digest}
+    run = {
+      'config': config_lib.to_json(config),
+      'data': IMPORTED,
+      'tokenizer': digest,
+      'origin': str(origin),
+    }
     with Checkpoints(draft) as checkpoints:
       checkpoints.save(0, _assemble(source, tensors, config, found.vocab), None, run)
   return config

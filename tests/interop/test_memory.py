@@ -25,7 +25,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 """
 IMPORT = 'importing.import_folder(Path({0!r}), base.get_config(), Path({1!r}))'
-EXPORT = "exporting.export(Path({1!r}), Path({2!r}), 'auto', shard={3})"
+EXPORT = "exporting.export(Path({1!r}), Path({2!r}), 'auto')"
 
 
 def peak(work: str) -> int:
@@ -41,9 +41,7 @@ def test_a_model_of_300_megabytes(tmp_path):
   assert size > 290e6
   places = (str(folder), str(tmp_path / 'run'), str(tmp_path / 'out'))
   assert peak(IMPORT.format(*places)) <= size + 1.3 * size
-  # As many bytes in three files take less: one is held at a time.
-  shard = size // 3
-  assert peak(EXPORT.format(*places, shard)) <= size + 1.3 * shard
+  assert peak(EXPORT.format(*places)) <= size + 1.3 * size
 
 
 def write_model(folder: Path) -> tuple[Path, int]:

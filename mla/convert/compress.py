@@ -1,0 +1,291 @@
+"""A trained MHA, GQA or MQA model becomes MLA after the fact, without training.
+
+Keys and values are linear in a layer's normed input x, so a latent of their joint rank gives them
+back exactly. Rotation stands in the way: MLA turns one key of R dims that all heads share. Written
+as complex numbers z_g = (a + ib)_g, one a pair of dims and key head g, keys turn by a common factor
+at each frequency. There the R/2 kept frequencies keep their strongest combination over the heads,
+s = u^H z (the first eigenvector of E[z z^H], as TransMLA does it, arXiv 2502.07864): it turns as z
+does. What is left of them, z - u s, and the other frequencies stay, but are no longer turned: that
+is the rotary loss, which no rank mends. A model of one key head whose R is all that turns has none.
+
+Then M x, all heads' position-free keys and values, is made of a latent of C dims, M ~ U E:
+  svd         of M as it is
+  whitened    least error on what x is: of M S^1/2, S = E[x x^T] from calibration text
+  two_sided   that, and a key's error seen through its queries, E[q q^T]^1/2, a value's through the
+              output map; keys and values of equal energy
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from mla import config as config_lib
+from mla import files, generate
+from mla import loss as loss_lib
+from mla import model as model_lib
+from mla.attention.grouped import key_heads
+from mla.checkpoint import Checkpoints, flatten, unflatten
+from mla.convert.importing import draft_of
+from mla.convert.sources import dumps
+from mla.data import tokenizers
+from mla.data.pipeline import eval_windows, load_data
+from mla.errors import UserError
+
+METHODS = ('svd', 'whitened', 'two_sided')
+CALIBRATION = 16_384  # tokens of the training text
+REPORTED = 4_096  # of the validation text, in windows of at most WINDOW
+WINDOW = 512
+RIDGE = 1e-6  # of a covariance's mean eigenvalue, added to all of them
+
+
+class Factors(NamedTuple):
+  """One layer's weights as MLA has them."""
+
+  w_q: np.ndarray
+  w_dkv: np.ndarray
+  w_kr: np.ndarray
+  w_uk: np.ndarray
+  w_uv: np.ndarray
+
+
+def compress(
+  workdir: Path,
+  out: Path,
+  *,
+  latent_dim: int,
+  rope_dim: int | None = None,
+  method: str = 'whitened',
+) -> dict[str, Any]:
+  """Writes the run at `workdir`, compressed, as the new run `out`; returns compression.json there.
+
+  rope_dim, R, divides what the model turns of a head, and is all of it if not given. The report has
+  the losses, in nats a token of validation text: of the model, of it with nothing lost but by the
+  rotary part, and as compressed. UserError for sizes that don't fit.
+  """
+  run = generate.load(workdir)
+  source = run.config
+  turned = source.rope_dim or source.head_dim
+  rope_dim = rope_dim or turned
+  full = _check(source, latent_dim, rope_dim, method)
+  data = load_data(source)
+  width = min(source.seq_len, WINDOW)
+  held_out = eval_windows(data.validation, seq_len=width, max_tokens=REPORTED).tokens
+  calibration = eval_windows(data.train, seq_len=width, max_tokens=CALIBRATION).tokens[:, :-1]
+  covariances = input_covariances(run.model, calibration)
+  report: dict[str, Any] = {
+    'source': str(workdir),
+    'method': method,
+    'latent_dim': latent_dim,
+    'rope_dim': rope_dim,
+    'loss': {'source': _loss(run.model, held_out)},
+  }
+  config, whole = convert(source, run.model, covariances, full, rope_dim, 'svd')
+  report['loss']['rotary_only'] = _loss(whole, held_out)
+  config, model = convert(source, run.model, covariances, latent_dim, rope_dim, method)
+  report['loss']['compressed'] = _loss(model, held_out)
+  with draft_of(out, 'out') as draft:
+    tokenizers.save(run.tokenizer, draft)
+    files.write_whole(draft / 'config.json', dumps(config_lib.to_json(config)))
+    files.write_whole(draft / 'compression.json', dumps(report))
+    saved = {'config': config_lib.to_json(config), 'data': data.digest, 'origin': str(workdir)}
+    with Checkpoints(draft) as checkpoints:
+      checkpoints.save(
+        run.step,
+        nnx.state(model, nnx.Param),
+        None,
+        {**saved, 'tokenizer': run.tokenizer.digest},
+      )
+  return report
+
+
+def full_rank(config: ConfigDict) -> int:
+  """The latent's width at which nothing is lost by the rank."""
+  values = config.value_head_dim or config.head_dim
+  return min(config.d_model, key_heads(config) * (config.head_dim + values))
+
+
+def _check(config: ConfigDict, latent_dim: int, rope_dim: int, method: str) -> int:
+  """The full rank; UserError for what can't be compressed so."""
+  if config.attention not in ('mha', 'gqa', 'mqa'):
+    raise UserError(f'attention={config.attention}: only mha, gqa and mqa are compressed')
+  if config.rope_scaling != 'none':
+    raise UserError(f'rope_scaling={config.rope_scaling}: is not compressed; only none is')
+  if method not in METHODS:
+    raise UserError(f'--method={method}: choose one of {", ".join(METHODS)}')
+  turned = config.rope_dim or config.head_dim
+  if rope_dim < 2 or rope_dim % 2 or turned % rope_dim:
+    raise UserError(
+      f'--rope_dim={rope_dim}: must be even and divide {turned}, what the model turns of a head'
+    )
+  full = full_rank(config)
+  if not 0 < latent_dim <= full:
+    raise UserError(
+      f'--latent_dim={latent_dim}: must be at least 1 and at most {full}, the rank of the keys and '
+      'values'
+    )
+  return full
+
+
+def input_covariances(
+  model: model_lib.Decoder, tokens: Int[np.ndarray, 'W T']
+) -> Float[np.ndarray, 'L D D']:
+  """E[x x^T] of each layer's normed input, uncentred, over the windows."""
+
+  @jax.jit
+  def collect(model: model_lib.Decoder, tokens: Int[Array, 'B T']) -> Float[Array, 'L D D']:
+    positions = np.arange(tokens.shape[1])[None]
+    graphdef, stacked = nnx.split(model.blocks)
+
+    def block(x, leaves):
+      layer = nnx.merge(graphdef, leaves)
+      h = layer.attention_norm(x).astype(jnp.float32)
+      return layer.parallel(x, positions)[0], jnp.einsum('btd,bte->de', h, h)
+
+    return jax.lax.scan(block, model.embed(tokens), stacked)[1]
+
+  total = sum(
+    np.asarray(collect(model, jnp.asarray(tokens[i : i + 4])), np.float64)
+    for i in range(0, len(tokens), 4)
+  )
+  return np.asarray(total) / tokens.size
+
+
+def convert(
+  source: ConfigDict,
+  model: model_lib.Decoder,
+  covariances: Float[np.ndarray, 'L D D'],
+  latent_dim: int,
+  rope_dim: int,
+  method: str,
+) -> tuple[ConfigDict, model_lib.Decoder]:
+  """The compressed model and its config."""
+  config = source.copy_and_resolve_references()
+  config.update(
+    {
+      'attention': 'mla',
+      'num_kv_heads': 0,
+      'latent_dim': latent_dim,
+      'rope_dim': rope_dim,
+      'query_latent_dim': 0,
+      'latent_norm': False,
+      'ffn_dim': model.blocks.ffn.w_gate.shape[-1],
+      'value_head_dim': source.value_head_dim or source.head_dim,
+    }
+  )
+  vocab = model.embedding.shape[0]
+  own = flatten(nnx.state(model, nnx.Param))
+  layers = [
+    factorise(
+      **{n: np.asarray(own[f'blocks/attention/{n}/value'][i], np.float64) for n in WEIGHTS},
+      covariance=covariance,
+      turned=source.rope_dim or source.head_dim,
+      latent_dim=latent_dim,
+      rope_dim=rope_dim,
+      method=method,
+    )
+    for i, covariance in enumerate(covariances)
+  ]
+  new = {
+    f'blocks/attention/{name}/value': np.stack([getattr(layer, name) for layer in layers])
+    for name in Factors._fields
+  }
+  graphdef, params = nnx.split(nnx.eval_shape(lambda: model_lib.make_model(config, vocab)))
+  filled = {
+    path: jnp.asarray(new[path] if path in new else own[path], jnp.float32)
+    for path in flatten(params)
+  }
+  return config, nnx.merge(graphdef, unflatten(params, filled))
+
+
+WEIGHTS = ('w_q', 'w_k', 'w_v', 'w_o')
+
+
+def factorise(
+  *,
+  w_q: Float[np.ndarray, 'D H N'],
+  w_k: Float[np.ndarray, 'D K N'],
+  w_v: Float[np.ndarray, 'D K V'],
+  w_o: Float[np.ndarray, 'H V D'],
+  covariance: Float[np.ndarray, 'D D'],
+  turned: int,
+  latent_dim: int,
+  rope_dim: int,
+  method: str,
+) -> Factors:
+  """One layer; the first `turned` dims of a head rotate, pair i being dims i and i + turned/2."""
+  D, H, N = w_q.shape
+  K, V, group = w_k.shape[1], w_v.shape[2], H // w_k.shape[1]
+  half = turned // 2
+  # MLA's frequencies base^(-2j/R) are every (turned/R)-th of the model's.
+  pairs = np.arange(0, half, turned // rope_dim)
+  z = w_k[:, :, pairs] + 1j * w_k[:, :, pairs + half]  # D K R/2
+  q = w_q[:, :, pairs] + 1j * w_q[:, :, pairs + half]
+  shared, rest = np.empty((D, len(pairs)), complex), np.empty_like(z)
+  q_rope = np.empty_like(q)
+  for j in range(len(pairs)):
+    heads = z[:, :, j]
+    _, vectors = np.linalg.eigh(heads.T @ covariance @ heads.conj())
+    u = vectors[:, -1]  # K
+    shared[:, j] = heads @ u.conj()
+    rest[:, :, j] = heads - shared[:, j, None] * u
+    q_rope[:, :, j] = q[:, :, j] * np.repeat(u.conj(), group)
+  still = w_k.copy()
+  still[:, :, pairs], still[:, :, pairs + half] = rest.real, rest.imag
+  down, up = _joint(w_q, still, w_v, w_o, covariance, latent_dim, method)
+  up = up.reshape(latent_dim, K, N + V).repeat(group, axis=1)
+  # Ours divides by sqrt(N + R) what was divided by sqrt(N).
+  w_q = np.concatenate([w_q, q_rope.real, q_rope.imag], axis=-1) * np.sqrt((N + rope_dim) / N)
+  return Factors(
+    w_q, down, np.concatenate([shared.real, shared.imag], axis=-1), up[..., :N], up[..., N:]
+  )
+
+
+def _joint(
+  w_q, keys, values, w_o, covariance, latent_dim: int, method: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """[D,C] and [C, K (N+V)], whose product is nearest to all keys and values in method's sense."""
+  D, K, N = keys.shape
+  group = w_q.shape[1] // K
+  both = np.concatenate([keys, values], axis=-1)  # D K N+V
+  seen = np.eye(D) if method == 'svd' else _root(covariance)
+  widths = N + values.shape[-1]
+  lens = np.broadcast_to(np.eye(widths), (K, widths, widths)).copy()
+  if method == 'two_sided':
+    for g in range(K):
+      mine = slice(g * group, (g + 1) * group)
+      lens[g, :N, :N] = _root(np.einsum('dhn,de,ehm->nm', w_q[:, mine], covariance, w_q[:, mine]))
+      lens[g, N:, N:] = _root(np.einsum('hvd,hwd->vw', w_o[mine], w_o[mine]))
+    looked = np.einsum('dkn,knm->dkm', np.tensordot(seen, both, 1), lens)
+    for part in (slice(None, N), slice(N, None)):
+      energy = np.linalg.norm(looked[..., part])
+      lens[:, part, part] /= energy or 1.0
+  looked = np.einsum('dkn,knm->dkm', np.tensordot(seen, both, 1), lens).reshape(D, -1)
+  basis = np.linalg.svd(looked, full_matrices=False)[2][:latent_dim]  # C, K (N+V)
+  through = np.einsum('dkn,knm->dkm', both, lens).reshape(D, -1)
+  back = np.einsum('ckm,kmn->ckn', basis.reshape(len(basis), K, -1), np.linalg.inv(lens))
+  return through @ basis.T, back.reshape(len(basis), -1)
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+  """The symmetric square root, of full rank."""
+  size = len(covariance)
+  ridge = RIDGE * max(np.trace(covariance) / size, 1e-30)
+  eigenvalues, vectors = np.linalg.eigh(covariance + ridge * np.eye(size))
+  return (vectors * np.sqrt(np.maximum(eigenvalues, ridge))) @ vectors.T
+
+
+def _loss(model: model_lib.Decoder, windows: Int[np.ndarray, 'W window']) -> float:
+  """Nats a token, all positions in parallel."""
+
+  @jax.jit
+  def nll(model: model_lib.Decoder, tokens: Int[Array, 'B window']) -> Float[Array, '']:
+    x = model_lib.states(model, tokens[:, :-1])
+    return jnp.mean(loss_lib.token_nll(x, model.unembedding(), tokens[:, 1:]))
+
+  return float(np.mean([nll(model, jnp.asarray(row[None])) for row in windows]))
