@@ -4,9 +4,9 @@ python -m bench.compress --workdir=W [--sizes=320,256,192,128] [--rope_dims=64] 
                          [--window=256] [--json=FILE] [--plot=FILE]
 
 W is an MHA, GQA or MQA run, such as an imported one; nothing of it is changed. By each method and
-size: perplexity of evenly spread windows of the validation text, read through a cache of each
-dtype, and the bytes of those arrays. `rotary only` has every rank, so what it loses is the rotary
-part's.
+size: perplexity of evenly spread windows of the validation text, read through a float32 cache, and
+the bytes of those arrays; for the source and the whitened method through the other dtypes too.
+`rotary only` has every rank, so what it loses is the rotary part's.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def measure(args):
   covariances = compress.input_covariances(run.model, calibration.tokens[:, :-1])
   mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1})
 
-  def read(model, method: str, latent: int | None, rope: int | None, dtypes=DTYPES):
+  def read(model, method: str, latent: int | None, rope: int | None, dtypes):
     for dtype in dtypes:
       found = evaluate.read_through_cache(model, windows, dtype, mesh)
       loss = found.by_window.sum() / windows.mask.sum()
@@ -60,35 +60,35 @@ def measure(args):
       print(json.dumps(row), flush=True)
       yield row
 
-  yield from read(run.model, 'source', None, None)
+  yield from read(run.model, 'source', None, None, DTYPES)
   for rope in map(int, args.rope_dims.split(',')):
     full = compress.full_rank(run.config)
     whole = compress.convert(run.config, run.model, covariances, full, rope, 'svd')[1]
-    yield from read(whole, 'rotary only', full, rope, ('float32',))
+    yield from read(whole, 'rotary only', full, rope, DTYPES[:1])
     for size in map(int, args.sizes.split(',')):
       for method in compress.METHODS:
         model = compress.convert(run.config, run.model, covariances, size, rope, method)[1]
-        yield from read(model, method, size, rope)
+        yield from read(model, method, size, rope, DTYPES if method == 'whitened' else DTYPES[:1])
 
 
 def draw(rows: list[dict], path: str) -> None:
-  """Bytes in bfloat16 against perplexity, a line a method and R."""
+  """Bytes in float32 against perplexity, a line a method and R."""
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(7, 4.5), layout='constrained')
   axes = figure.subplots()
   lines: dict[tuple, list] = {}
   for row in rows:
-    if row['cache_dtype'] == 'bfloat16' and row['method'] != 'source':
+    if row['cache_dtype'] == 'float32' and row['method'] != 'source':
       point = (row['bytes_per_token'], row['perplexity'])
       lines.setdefault((row['method'], row['rope_dim']), []).append(point)
   several = len({rope for _, rope in lines}) > 1
   for (method, rope), points in lines.items():
     label = f'{method}, R = {rope}' if several else method
     axes.plot(*np.array(sorted(points)).T, marker='o', label=label)
-  source = next(r for r in rows if r['method'] == 'source' and r['cache_dtype'] == 'bfloat16')
+  source = next(r for r in rows if r['method'] == 'source' and r['cache_dtype'] == 'float32')
   axes.plot(source['bytes_per_token'], source['perplexity'], 'k*', markersize=12, label='source')
-  axes.set(xlabel='cache bytes a token, bfloat16', ylabel='perplexity', yscale='log')
+  axes.set(xlabel='cache bytes a token, float32', ylabel='perplexity', yscale='log')
   axes.legend()
   axes.grid(alpha=0.3)
   figure.savefig(path, dpi=150)

@@ -14,6 +14,7 @@ step.
 
 import shutil
 import time
+from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
@@ -97,9 +98,8 @@ def expanded(self, x, cached, positions):
 
 def peer(case: dict) -> dict:
   import torch
-  import transformers
 
-  from bench.generation import REPEATS, SLOTS, STEPS, small_config
+  from bench.generation import small_config
   from bench.peers import make_peer
   from mla.model import make_model
 
@@ -107,9 +107,20 @@ def peer(case: dict) -> dict:
   config = small_config(case['variant'])
   ours = make_model(config, 257)
   prompts = torch.tensor(prompts_of(case), dtype=torch.long)
-  slots = case['context'] + SLOTS
-  results = {}
   models = {name: make_peer(config, ours, name).eval() for name in ('sdpa', 'eager')}
+  return time_peers(models, prompts)
+
+
+def time_peers(models: Mapping[str, Any], prompts: Any) -> dict[str, dict]:
+  """Greedy generation after [B,T] prompts by transformers' models, in each setting."""
+  import torch
+  import transformers
+
+  from bench.generation import REPEATS, SLOTS, STEPS
+
+  context = prompts.shape[1]
+  slots = context + SLOTS
+  results = {}
   for setting in PEER_SETTINGS if shutil.which('c++') else PEER_SETTINGS[:-1]:
     attention, kind = setting.split(', ')
     model: Any = models[attention]
@@ -118,7 +129,7 @@ def peer(case: dict) -> dict:
     else:
       cache = transformers.StaticCache(config=model.config, max_cache_len=slots)
     with torch.inference_mode():
-      for start in range(0, case['context'], PREFILL):
+      for start in range(0, context, PREFILL):
         chunk = prompts[:, start : start + PREFILL]
         out = models['sdpa'](chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
       step = torch.compile(model) if kind == 'static cache compiled' else model
