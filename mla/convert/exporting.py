@@ -63,9 +63,8 @@ def _write(folder: Path, tensors: list[layouts.Tensor], params: dict, shard: int
   for number, group in enumerate(groups, 1):
     single = len(groups) == 1
     name = 'model.safetensors' if single else f'model-{number:05}-of-{len(groups):05}.safetensors'
-    save(
-      {tensor.name: _packed(tensor, params) for tensor in group}, folder / name, {'format': 'pt'}
-    )
+    save({t.name: _packed(t, params) for t in group}, folder / name, {'format': 'pt'})
+    (folder / name).chmod(0o644)  # as the others; the library lets its owner alone read it
     table.update({tensor.name: name for tensor in group})
   if len(groups) > 1:
     total = sum(4 * int(np.prod(tensor.shape)) for tensor in tensors)
