@@ -1,30 +1,48 @@
 """Models in and out.
 
-  python convert.py import --hf=DIR|--gguf=FILE --workdir=W     a published model becomes a run
-  python convert.py export --workdir=W --out=DIR                a run, as transformers loads it
-  python convert.py compress --workdir=W --latent_dim=C --out=V a trained MHA, GQA or MQA run as MLA
+  python convert.py import --hf=DIR --workdir=runs/smollm2       a published model becomes a run
+  python convert.py import --gguf=FILE --workdir=runs/smollm2
+  python convert.py export --workdir=runs/mla_small --out=DIR    a run, as transformers loads it
+  python convert.py compress --workdir=runs/mha_small --latent_dim=64 --out=runs/mha_as_mla
+                                                                 MHA, GQA or MQA becomes MLA
 
-Exit codes: 0 done, 2 a mistake in what was given, with nothing written, 1 the machine failed.
+docs/convert.md says what is read and written. Exit codes: 0 done, 2 a mistake in what was given,
+with nothing written, 1 the machine failed.
 """
 
+# ruff: noqa: E402
 import sys
 from pathlib import Path
 
 from absl import flags
 
-from configs import base
-from mla import cli, paths
-from mla.convert import compress, configs, exporting, importing
-from mla.errors import UserError
+from mla import cli
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'the run')
 HF = flags.DEFINE_string('hf', None, 'import: a folder with config.json and safetensors')
+GGUF = flags.DEFINE_string('gguf', None, 'import: a GGUF file in the layout of Llama')
 OUT = flags.DEFINE_string('out', None, 'export, compress: the folder to make')
-FORMAT = flags.DEFINE_string('format', 'auto', f'export: auto, {", ".join(configs.CLASSES)}')
+FORMAT = flags.DEFINE_string('format', 'auto', 'export: auto, llama, deepseek_v2, deepseek_v3')
 LATENT = flags.DEFINE_integer('latent_dim', None, "compress: C, the latent's width")
 ROPE = flags.DEFINE_integer('rope_dim', None, 'compress: R, dims that still turn; all if not given')
-METHOD = flags.DEFINE_string('method', 'whitened', f'compress: {", ".join(compress.METHODS)}')
-GGUF = flags.DEFINE_string('gguf', None, 'import: a GGUF file in the layout of Llama')
+METHOD = flags.DEFINE_string('method', 'whitened', 'compress: svd, whitened, two_sided')
+
+COMMANDS = ('import', 'export', 'compress')
+COMMAND = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith('-') else ''
+
+if __name__ == '__main__':
+  cli.begin([arg for place, arg in enumerate(sys.argv) if place != 1 or not COMMAND])
+
+from configs import base
+from mla import paths
+from mla.convert import compress, exporting, importing
+from mla.errors import UserError
+
+
+def main() -> None:
+  if COMMAND not in COMMANDS:
+    raise UserError(f'{COMMAND or "command"}: choose one of {", ".join(COMMANDS)}')
+  {'import': import_, 'export': export, 'compress': compress_}[COMMAND]()
 
 
 def import_() -> None:
@@ -73,21 +91,5 @@ def _workdir() -> Path:
   return paths.folder('workdir', WORKDIR.value)
 
 
-COMMANDS = {'import': import_, 'export': export, 'compress': compress_}
-
-
-def command(argv: list[str]) -> tuple[str, list[str]]:
-  """The word behind the program's name, and the arguments without it."""
-  name = argv[1] if len(argv) > 1 else ''
-  return (name, [argv[0], *argv[2:]]) if not name.startswith('-') else ('', argv)
-
-
 if __name__ == '__main__':
-  NAME, ARGV = command(sys.argv)
-
-  def main() -> None:
-    if NAME not in COMMANDS:
-      raise UserError(f'{NAME or "command"}: choose one of {", ".join(COMMANDS)}')
-    COMMANDS[NAME]()
-
-  cli.run(main, ARGV)
+  cli.run(main)

@@ -77,6 +77,27 @@ def test_exported_and_imported_again(case, text, tmp_path):
   assert rope_scaling.parse(after.rope_scaling) == rope_scaling.parse(before.rope_scaling)
 
 
+@pytest.mark.parametrize('arm', ['gqa', 'mla', 'mla_query_latent'])
+def test_a_server_finds_what_it_asks_for(arm, text, tmp_path):
+  """Its config, as transformers' own classes read it, from which servers take theirs."""
+  config = tiny_config(arm, value_head_dim=10 if arm != 'gqa' else 0, rope_scaling=YARN)
+  exporting.export(plant(config, tmp_path / 'run', text), tmp_path / 'out', 'auto')
+  found = transformers.AutoConfig.from_pretrained(tmp_path / 'out')
+  (architecture,) = found.architectures
+  assert getattr(transformers, architecture).config_class is type(found)
+  assert found.rope_parameters['rope_theta'] == config.rope_base
+  assert found.rope_parameters['rope_type'] == 'yarn'
+  assert found.max_position_embeddings == 4 * 64
+  if arm == 'gqa':
+    assert (found.head_dim, found.num_key_value_heads) == (6, 2)
+    return
+  assert found.first_k_dense_replace == found.num_hidden_layers == config.num_layers
+  assert found.num_mtp_layers == 0 and found.rope_interleave
+  assert found.q_lora_rank == (config.query_latent_dim or None)
+  sizes = (found.kv_lora_rank, found.qk_nope_head_dim, found.qk_rope_head_dim, found.v_head_dim)
+  assert sizes == (14, 6, 4, 10)
+
+
 @pytest.mark.parametrize('arm', ['gqa', 'mla'])
 def test_greedy_text_is_the_same(arm, text, tmp_path):
   values = 10 if arm == 'mla' else 0
