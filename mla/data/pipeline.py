@@ -2,23 +2,30 @@
 
 import hashlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Int
+import sentencepiece
+from jaxtyping import Bool, Int, Integer
 from ml_collections import ConfigDict
 
-from mla.data import corpora, tokenizers
-from mla.data.tokenizers import Tokenizer, make_tokenizer
+from mla import files
+from mla.data import corpora, token_files, tokenizers
+from mla.data.documents import Documents, Raw, digest
+from mla.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer, make_tokenizer
 from mla.errors import UserError
+
+SMALL = 2**26  # bytes of text that are read at each start, where a token is a byte
+MODEL = 'tokenizer.model'  # SentencePiece's, in a store
 
 
 class TokenStream(NamedTuple):
   """Every document as BOS and its tokens, one after another."""
 
-  tokens: Int[np.ndarray, ' n']
+  tokens: Integer[np.ndarray, ' n']
 
 
 class Data(NamedTuple):
@@ -26,6 +33,7 @@ class Data(NamedTuple):
   train: TokenStream
   validation: TokenStream
   digest: str  # identifies both streams
+  place: str  # where the tokens are, for people
 
 
 class EvalWindows(NamedTuple):
@@ -33,28 +41,70 @@ class EvalWindows(NamedTuple):
   mask: Bool[np.ndarray, 'W T']  # the targets that are real
 
 
-def load_data(config: ConfigDict) -> Data:
-  """The tokenizer and both streams that config.data names; UserError if they cannot be had."""
-  train, validation = (corpora.load_documents(config.data, s) for s in ('train', 'validation'))
-  seen = set(train)
-  if doubled := sum(document in seen for document in validation):
+def load_data(config: ConfigDict, stopping: Callable[[], bool] = lambda: False) -> Data:
+  """The tokenizer and both streams that config.data names; UserError if they cannot be had.
+
+  A small text in bytes is read into memory; all else is prepared once as token files and opened.
+  Raises token_files.Stopped if stopping() while they are made.
+  """
+  sources = {split: corpora.open_documents(config.data, split) for split in token_files.SPLITS}
+  spec = config.data.tokenizer
+  small = sum(source.nbytes for source in sources.values()) <= SMALL
+  if spec == 'bytes' and small:
+    return _read(sources, ByteTokenizer())
+  tokenizer: Tokenizer | None = None
+  if not spec.startswith('bpe:'):
+    tokenizer = make_tokenizer(spec, [], Path())
+  identity = f'{spec} {sentencepiece.__version__}' if tokenizer is None else tokenizer.digest
+  root = corpora.data_dir(config.data)
+  what = [identity, *(source.stamps for source in sources.values())]
+  folder = token_files.folder_of(root, what)
+  store = token_files.find(folder)
+  if store is not None and tokenizer is None:
+    tokenizer = BpeTokenizer(files.read_bytes(folder / MODEL, f'remove {folder}'))
+  if store is None:
+    tokenizer = tokenizer or make_tokenizer(spec, sources['train'], root / 'mla_tokenizers')
+    extra = {MODEL: tokenizer.model} if isinstance(tokenizer, BpeTokenizer) else {}
+    try:
+      store = token_files.make(folder, sources, tokenizer, extra, stopping)
+    except UserError as error:  # where nothing can be kept
+      if not small:
+        raise
+      logging.warning('%s; it is tokenized anew at every start', error)
+      return _read(sources, tokenizer)
+  assert tokenizer is not None
+  _tell_doubled(store.manifest['doubled'], store.manifest['splits']['validation']['documents'])
+  digests = {split: store.manifest['splits'][split]['digest'] for split in token_files.SPLITS}
+  return _data(tokenizer, store.tokens, digests, f'in {folder}')
+
+
+def _read(sources: dict[str, Documents], tokenizer: Tokenizer) -> Data:
+  """A small text's tokens in memory."""
+  documents = {split: list(source) for split, source in sources.items()}
+  seen = set(documents['train'])
+  held_out = documents['validation']
+  _tell_doubled(sum(document in seen for document in held_out), len(held_out))
+  tokens = {split: make_stream(found, tokenizer) for split, found in documents.items()}
+  digests = {split: digest(found) for split, found in documents.items()}
+  return _data(tokenizer, tokens, digests, 'in memory, read at each start')
+
+
+def _data(
+  tokenizer: Tokenizer, tokens: dict[str, np.ndarray], digests: dict[str, str], place: str
+) -> Data:
+  train, validation = (TokenStream(tokens[split]) for split in token_files.SPLITS)
+  parts = (*(digests[split] for split in token_files.SPLITS), tokenizer.digest)
+  total = hashlib.sha256(' '.join(parts).encode()).hexdigest()
+  return Data(tokenizer, train, validation, total, place)
+
+
+def _tell_doubled(doubled: int, documents: int) -> None:
+  if doubled:
     logging.warning(
       'data: %d of %d validation documents are training documents too; those judge memory',
       doubled,
-      len(validation),
+      documents,
     )
-  spec = config.data.tokenizer
-  # The others need no folder, so one that cannot be used is no obstacle.
-  trained = spec.startswith('bpe:')
-  folder = corpora.data_dir(config.data) / 'mla_tokenizers' if trained else Path()
-  tokenizer = make_tokenizer(spec, train, folder)
-  parts = (corpora.digest(train), corpora.digest(validation), tokenizer.digest)
-  return Data(
-    tokenizer,
-    make_stream(train, tokenizer),
-    make_stream(validation, tokenizer),
-    hashlib.sha256(' '.join(parts).encode()).hexdigest(),
-  )
 
 
 def load_tokenizer(workdir: Path, config: ConfigDict) -> Tokenizer:
@@ -63,11 +113,11 @@ def load_tokenizer(workdir: Path, config: ConfigDict) -> Tokenizer:
   return load_data(config).tokenizer if own is None else own
 
 
-def make_stream(documents: list[str], tokenizer: Tokenizer) -> TokenStream:
-  bos = np.array([tokenizer.bos], np.int32)
-  return TokenStream(
-    np.concatenate([part for text in documents for part in (bos, tokenizer.encode(text))])
-  )
+def make_stream(documents: list[Raw], tokenizer: Tokenizer) -> Integer[np.ndarray, ' n']:
+  """The tokens of documents one after another, each behind BOS."""
+  bos = np.array([tokenizer.bos])
+  parts = [part for raw in documents for part in (bos, tokenizer.encode(str(raw, 'utf-8')))]
+  return np.concatenate(parts, dtype=token_files.dtype_of(tokenizer.vocab_size), casting='unsafe')
 
 
 def train_batches(
@@ -93,7 +143,7 @@ def train_batches(
   views = np.lib.stride_tricks.sliding_window_view(stream.tokens, seq_len + 1)[::seq_len]
   order = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
   mine = slice(None) if rows is None else rows
-  batches = order.batch(batch_size).map(lambda indices: views[indices[mine]])
+  batches = order.batch(batch_size).map(lambda indices: views[indices[mine]].astype(np.int32))
   # The text is in memory: threads would only cost.
   return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
@@ -114,11 +164,13 @@ def eval_windows(
   if targets < 1:
     raise UserError('data: the validation text holds no token to predict; take more text')
   count = -(-targets // seq_len)
-  padded = np.zeros(count * seq_len + 1, np.int32)
-  padded[: targets + 1] = stream.tokens
-  tokens = np.lib.stride_tricks.sliding_window_view(padded, seq_len + 1)[::seq_len]
-  mask = (np.arange(count * seq_len) < targets).reshape(count, seq_len)
+  chosen = np.arange(count)
   if max_tokens is not None and max_tokens < targets:
     chosen = np.linspace(0, count - 1, max(1, max_tokens // seq_len)).astype(int)
-    return EvalWindows(tokens[chosen], mask[chosen])
+  tokens = np.zeros((len(chosen), seq_len + 1), np.int32)
+  mask = np.zeros((len(chosen), seq_len), bool)
+  for row, window in enumerate(chosen):
+    found = stream.tokens[window * seq_len : (window + 1) * seq_len + 1]
+    tokens[row, : len(found)] = found
+    mask[row, : len(found) - 1] = True
   return EvalWindows(tokens, mask)

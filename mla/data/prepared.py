@@ -7,6 +7,7 @@ of the wrong type or not there ends in one line that says what to run.
 import contextlib
 import os
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -15,6 +16,7 @@ from array_record.python import array_record_module
 from mla import files
 from mla.errors import UserError, first_line
 
+BLOCK = 256  # records read at once
 EXAMPLES = 'write it like train, train[:90%], train[90%:] or train[:1000]'
 
 
@@ -35,7 +37,7 @@ class Prepared:
       )
     self.name = name
     self._run = f'run: tfds build {name} --file_format=array_record --data_dir={root}'
-    self._run += ' (needs TensorFlow and a network)'
+    self._run += " (needs TensorFlow and a network: pip install -e '.[tfds]')"
     self._folder = self._find(root)
     self._cure = f'make it readable, or remove {self._folder} and {self._run}'
     self._builder = self._open()
@@ -99,30 +101,54 @@ class Prepared:
       raise UserError(f'{field}={wanted}: holds no record of {self.name}; {EXAMPLES}')
     return found
 
-  def texts(self, field: str, wanted: str, key: str) -> list[str]:
-    """The texts under the feature `key` of the records that `wanted` means, in their order."""
+  def check_text(self, key: str) -> None:
+    """Raises UserError unless the feature `key` is a text."""
     if key not in self.features:
       there = ', '.join(sorted(self.features)) or 'no names'
       raise UserError(f'data.text_key={key}: {self.name} has the features {there}')
     if not isinstance(self.features[key], tfds.features.Text):
       raise UserError(f'data.text_key={key}: is not a text of {self.name}')
+
+  def files(self, field: str, wanted: str) -> list[Path]:
+    """Those that hold the records which `wanted` means, and those that describe them."""
+    names = {name for name, _, _ in self.records(field, wanted)}
+    shards = [path for name in sorted(names) for path in self._info.splits[name].filepaths]
+    return [self._folder / 'features.json', *(Path(str(path)) for path in shards)]
+
+  def texts(
+    self, field: str, wanted: str, key: str, told: Callable[[float], None] = lambda share: None
+  ) -> Iterator[bytes]:
+    """The texts under the feature `key` of the records that `wanted` means, in their order.
+
+    told() hears which share of them is behind.
+    """
+    self.check_text(key)
     for split in {name for name, _, _ in self.records(field, wanted)}:
       self._check_shards(split)
     try:
       source = self._builder.as_data_source(split=wanted)
-      texts = [example[key] for example in source.__getitems__(range(len(source)))]
+      for start in range(0, len(source), BLOCK):
+        told(start / len(source))
+        block = source.__getitems__(range(start, min(start + BLOCK, len(source))))
+        yield from (self._encoded(example[key], key) for example in block)
     except NotImplementedError as error:
       raise UserError(
         f'data.dataset={self.name}: is not prepared as array_record; {self._run}'
       ) from error
+    except UserError:
+      raise
     except Exception as error:  # whatever broken records make the libraries raise
       raise self._unreadable(error) from error
+
+  def _encoded(self, text: bytes | str, key: str) -> bytes:
+    raw = text.encode() if isinstance(text, str) else text
     try:
-      return [text.decode() if isinstance(text, bytes) else text for text in texts]
+      raw.decode()
     except UnicodeDecodeError as error:
       raise UserError(
         f'data.text_key={key}: {self.name} has text that is not UTF-8; prepare it anew'
       ) from error
+    return raw
 
   def _check_shards(self, split: str) -> None:
     """Raises unless every file of the split is there and has as many records as described."""

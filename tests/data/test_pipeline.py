@@ -22,8 +22,8 @@ def take(batches, count):
 
 
 def test_documents_start_with_bos():
-  stream = make_stream(['ab', 'c'], ByteTokenizer())
-  np.testing.assert_array_equal(stream.tokens, [256, 97, 98, 256, 99])
+  tokens = make_stream([b'ab', b'c'], ByteTokenizer())
+  np.testing.assert_array_equal(tokens, [256, 97, 98, 256, 99])
 
 
 def test_an_epoch_covers_every_window_once_and_the_next_is_shuffled_anew():

@@ -16,6 +16,7 @@ TEXT = [
   'The president spoke to the congress of the several states about peace and commerce.\n' * 30,
   'Fellow citizens of the senate, I lay before you measures of necessary expediency. ' * 30,
 ]
+RAW = [text.encode() for text in TEXT]
 NASTY = [
   '',
   ' ',
@@ -39,7 +40,7 @@ def random_texts():
 
 @pytest.fixture(scope='module', params=['bytes', 'bpe:400'])
 def tokenizer(request, tmp_path_factory):
-  return make_tokenizer(request.param, TEXT, tmp_path_factory.mktemp('tokenizers'))
+  return make_tokenizer(request.param, RAW, tmp_path_factory.mktemp('tokenizers'))
 
 
 def test_round_trip_is_lossless(tokenizer):
@@ -60,27 +61,27 @@ def test_ids_and_bos_are_in_the_vocabulary(tokenizer):
 
 
 def test_bpe_has_the_asked_size_and_compresses(tmp_path):
-  tokenizer = make_tokenizer('bpe:400', TEXT, tmp_path)
+  tokenizer = make_tokenizer('bpe:400', RAW, tmp_path)
   assert tokenizer.vocab_size == 400
   assert len(tokenizer.encode(TEXT[0])) < len(TEXT[0]) / 3
 
 
 def test_bpe_is_trained_once_and_again_if_its_file_is_broken(tmp_path):
-  first = make_tokenizer('bpe:400', TEXT, tmp_path)
+  first = make_tokenizer('bpe:400', RAW, tmp_path)
   (path,) = tmp_path.iterdir()
   written = path.stat().st_mtime_ns
-  assert make_tokenizer('bpe:400', TEXT, tmp_path).digest == first.digest
+  assert make_tokenizer('bpe:400', RAW, tmp_path).digest == first.digest
   assert path.stat().st_mtime_ns == written
   path.write_bytes(b'broken')
-  assert make_tokenizer('bpe:400', TEXT, tmp_path).digest == first.digest
-  make_tokenizer('bpe:400', [*TEXT, 'another text'], tmp_path)
+  assert make_tokenizer('bpe:400', RAW, tmp_path).digest == first.digest
+  make_tokenizer('bpe:400', [*RAW, b'another text'], tmp_path)
   assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize('spec', ['', 'words', 'bpe', 'bpe:', 'bpe:abc', 'bpe:10', 'bpe:900000'])
 def test_a_bad_spec_is_one_line(tmp_path, spec):
   with pytest.raises(UserError, match='data.tokenizer=') as caught:
-    make_tokenizer(spec, TEXT, tmp_path)
+    make_tokenizer(spec, RAW, tmp_path)
   assert '\n' not in str(caught.value)
 
 
@@ -88,7 +89,7 @@ def test_a_bad_spec_is_one_line(tmp_path, spec):
 def kept(tmp_path_factory):
   """A folder with a kept model, and the model's digest."""
   folder = tmp_path_factory.mktemp('kept')
-  return folder, make_tokenizer('bpe:400', TEXT, folder).digest
+  return folder, make_tokenizer('bpe:400', RAW, folder).digest
 
 
 @pytest.mark.parametrize('damage', [b'', b'null', b'\0' * 3000, 'torn', 'bit', 'pipe', 'link'])
@@ -98,7 +99,7 @@ def test_a_damaged_kept_model_is_trained_again(kept, tmp_path, damage):
   whole = path.read_bytes()
   break_as(path, damage)
   (tmp_path / 'notes').write_text('ten years of work')
-  assert make_tokenizer('bpe:400', TEXT, tmp_path).digest == kept[1]
+  assert make_tokenizer('bpe:400', RAW, tmp_path).digest == kept[1]
   assert path.read_bytes() == whole
   assert {p.name for p in tmp_path.iterdir()} == {path.name, 'notes'}
 
@@ -107,7 +108,7 @@ def test_a_folder_in_a_kept_models_place_is_left(kept, tmp_path, caplog):
   shutil.copytree(kept[0], tmp_path, dirs_exist_ok=True)
   (path,) = tmp_path.iterdir()
   break_as(path, 'folder')
-  assert make_tokenizer('bpe:400', TEXT, tmp_path).digest == kept[1]
+  assert make_tokenizer('bpe:400', RAW, tmp_path).digest == kept[1]
   assert path.is_dir() and len(list(tmp_path.iterdir())) == 1
   assert 'cannot keep the tokenizer in' in caplog.text
 
@@ -116,7 +117,7 @@ def test_where_nothing_can_be_kept_a_tokenizer_is_trained(kept, caplog):
   with tempfile.TemporaryDirectory() as folder:
     os.chmod(folder, 0o555)
     with plain_user():
-      assert make_tokenizer('bpe:400', TEXT, Path(folder) / 'in').digest == kept[1]
+      assert make_tokenizer('bpe:400', RAW, Path(folder) / 'in').digest == kept[1]
   assert 'cannot keep the tokenizer in' in caplog.text and 'Permission denied' in caplog.text
 
 
@@ -125,7 +126,7 @@ def test_a_full_disk_leaves_no_half_of_a_model(tmp_path):
   resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
   try:
     with pytest.raises(MachineError, match='cannot keep the tokenizer in .*file size'):
-      make_tokenizer('bpe:400', TEXT, tmp_path)
+      make_tokenizer('bpe:400', RAW, tmp_path)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert list(tmp_path.iterdir()) == []

@@ -9,9 +9,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import plain_user, tiny_config
+from conftest import plain_user, texts_of, tiny_config
 
-from mla.data import corpora, user_files
+from mla.data import user_files
 from mla.errors import MachineError, UserError
 
 WORDS = 'the of senate é 国 🦜 and expediency \u2028 \x1c a'.split(' ')
@@ -25,17 +25,25 @@ def data_of(files, **fields):
 
 
 def load(files, **fields):
-  return [user_files.load(data_of(files, **fields), split) for split in ('train', 'validation')]
+  return [texts_of(data_of(files, **fields), split) for split in ('train', 'validation')]
+
+
+def split_text(text: str) -> tuple[str, str]:
+  raw = text.encode()
+  end = user_files.cut(raw, len(text))
+  return raw[:end].decode(), raw[end:].decode()
 
 
 def refused(named, files, split='train', **fields):
   with pytest.raises(UserError, match=named) as caught:
-    corpora.load_documents(data_of(files, **fields), split)
+    texts_of(data_of(files, **fields), split)
   assert '\n' not in str(caught.value)
 
 
+@pytest.mark.parametrize('block', [2**22, 7])  # bytes that are looked at together
 @pytest.mark.parametrize('kind', ENDS)
-def test_the_held_out_share_is_bounded_and_nothing_is_lost(kind):
+def test_the_held_out_share_is_bounded_and_nothing_is_lost(monkeypatch, kind, block):
+  monkeypatch.setattr(user_files, 'BLOCK', block)
   draw = random.Random(kind)
   for _ in range(100):
     size, longest = draw.randrange(1, 400), draw.choice([1, 5, 30, 400])
@@ -43,7 +51,7 @@ def test_the_held_out_share_is_bounded_and_nothing_is_lost(kind):
     text = ENDS[kind].join(parts)[: draw.randrange(20, 4000)]
     if len(text) < 20:
       continue
-    train, held_out = user_files.split_text(text)
+    train, held_out = split_text(text)
     assert train + held_out == text
     assert 0.05 <= len(held_out) / len(text) <= 0.15
     assert not (train.endswith('\r') and held_out.startswith('\n'))
@@ -58,12 +66,12 @@ def test_the_held_out_share_is_bounded_and_nothing_is_lost(kind):
 
 def test_a_short_text_is_trained_on_whole():
   for length in range(20):
-    assert user_files.split_text('x' * length) == ('x' * length, '')
+    assert split_text('x' * length) == ('x' * length, '')
 
 
 def test_a_heading_above_one_long_line_holds_out_a_tenth():
   text = 'A heading\n' + 'word ' * 20_000
-  train, held_out = user_files.split_text(text)
+  train, held_out = split_text(text)
   assert len(held_out) == pytest.approx(len(text) / 10, rel=0.01)
   assert train.endswith(' ')
 
@@ -73,7 +81,7 @@ def test_an_ordinary_text_is_cut_where_it_always_was():
   draw = random.Random(0)
   text = ''.join('x' * draw.randrange(80) + '\n' for _ in range(2000))
   cut = text.rindex('\n', 0, len(text) - len(text) // 10) + 1
-  assert user_files.split_text(text) == (text[:cut], text[cut:])
+  assert split_text(text) == (text[:cut], text[cut:])
 
 
 def test_files_of_a_title_and_a_paragraph_train_on_paragraphs(tmp_path):
@@ -220,7 +228,7 @@ def test_a_file_larger_than_memory_is_the_machines_failure(tmp_path, monkeypatch
   (tmp_path / 'a.txt').write_text('a text')
   monkeypatch.setattr(Path, 'read_bytes', too_large)
   with pytest.raises(MachineError, match='a.txt: cannot be read: there is too little memory'):
-    corpora.load_documents(data_of(tmp_path / '*.txt'), 'train')
+    texts_of(data_of(tmp_path / '*.txt'), 'train')
 
 
 def test_home_is_expanded(tmp_path, monkeypatch):

@@ -1,0 +1,41 @@
+"""Makes the tokens of a corpus, once, for all runs that read it.
+
+  python prepare.py --config=configs/mla_medium.py [--config.data.FIELD=VALUE ...]
+
+train.py does the same by itself where it has not been done. Stopped or killed, it goes on when it
+is run again; the tokens lie in data.data_dir/mla_tokens. Exit codes: 0 prepared, 2 a mistake in
+what was given, 1 the machine failed, 143 stopped by SIGTERM and 130 by Ctrl-C, with what is made
+kept.
+"""
+
+import time
+
+from mla import cli, config, signals
+from mla.data import pipeline, token_files
+from mla.errors import UserError
+
+CONFIG = cli.define_config('--config=configs/mla_small.py')
+
+
+def main() -> int:
+  if CONFIG.value is None:
+    raise UserError('--config: which? e.g. --config=configs/mla_small.py')
+  config.validate(CONFIG.value)
+  stop = signals.StopSignal()
+  began = time.monotonic()
+  try:
+    data = pipeline.load_data(CONFIG.value, lambda: stop.requested != 0)
+  except token_files.Stopped:
+    print('stopped; run the same command again to go on')
+    return signals.exit_code(stop.requested)
+  finally:
+    stop.restore()
+  for split in token_files.SPLITS:
+    tokens = getattr(data, split).tokens
+    print(f'{split}: {len(tokens):,} tokens, {tokens.nbytes / 1e6:,.1f} MB')
+  print(f'vocabulary {data.tokenizer.vocab_size:,}; {data.place}; {time.monotonic() - began:.1f} s')
+  return 0
+
+
+if __name__ == '__main__':
+  cli.run(main)
