@@ -1,6 +1,8 @@
 """Makes the tokens of a corpus, once, for all runs that read it.
 
-  python prepare.py --config=configs/mla_medium.py [--config.data.FIELD=VALUE ...]
+  python prepare.py --config=configs/mla_medium.py
+  python prepare.py --config=configs/mla_medium.py --config.data.files='/some/*.parquet'
+  python prepare.py --config=configs/mla_small.py --config.data.tokenizer=bpe:4096
 
 train.py does the same by itself where it has not been done. Stopped or killed, it goes on when it
 is run again; the tokens lie in data.data_dir/mla_tokens. Exit codes: 0 prepared, 2 a mistake in
@@ -8,18 +10,24 @@ what was given, 1 the machine failed, 143 stopped by SIGTERM and 130 by Ctrl-C, 
 kept.
 """
 
+# ruff: noqa: E402
 import time
 
-from mla import cli, config, signals
-from mla.data import pipeline, token_files
-from mla.errors import UserError
+from configs import base
+from mla import cli
 
-CONFIG = cli.define_config('--config=configs/mla_small.py')
+CONFIG = cli.define_config('--config=configs/mla_small.py', base)
+
+if __name__ == '__main__':
+  cli.begin(say='loading')
+
+from mla import config, signals
+from mla.data import pipeline, token_files
 
 
 def main() -> int:
   if CONFIG.value is None:
-    raise UserError('--config: which? e.g. --config=configs/mla_small.py')
+    raise cli.which_config()
   config.validate(CONFIG.value)
   stop = signals.StopSignal()
   began = time.monotonic()

@@ -14,7 +14,7 @@ from mla.fields import flatten
 
 ROOT = Path(__file__).parent.parent
 TWO_SCREENS = 100  # lines
-ENTRIES = ('train.py', 'eval.py', 'generate.py', 'sweep.py', 'report.py')
+ENTRIES = ('train.py', 'eval.py', 'generate.py', 'sweep.py', 'report.py', 'prepare.py')
 ASK = """
 import runpy, sys
 sys.argv = [sys.argv[1], '--help']
@@ -40,7 +40,7 @@ def test_a_page_of_help(entry):
   page = done.stdout.splitlines()
   assert len(page) <= TWO_SCREENS and max(map(len, page)) <= 100
   assert done.stdout.count(f'  python {entry} ') >= 3  # examples
-  assert '--workdir' in done.stdout
+  assert ('--workdir' in done.stdout) == (entry != 'prepare.py')
   if '--config=' in done.stdout.split('Flags:')[1]:
     for name, value in flatten(base.get_config()).items():
       assert f'  {name}={value}' in done.stdout
