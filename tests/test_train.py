@@ -150,7 +150,7 @@ def test_killed_in_an_evaluation_it_makes_up_for_it(text, trained, tmp_path, mon
 def test_a_signal_before_the_first_step_is_not_lost(text, tmp_path, monkeypatch, ending):
   import mla.train
 
-  def load_and_be_told(config):
+  def load_and_be_told(config, stopping):
     signal.raise_signal(ending.value)
     return load_data(config)
 
@@ -296,8 +296,8 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(text, tmp_path, mon
 
   finite = mla.train.mean_nll
 
-  def nan_when_poisoned(model, tokens):
-    return finite(model, tokens) * poison
+  def nan_when_poisoned(model, tokens, *widths):
+    return finite(model, tokens, *widths) * poison
 
   workdir, config = tmp_path / 'run', config_of(text)
   poison = 1.0
