@@ -1,4 +1,4 @@
-"""Grouped-query attention at 0.8M parameters: two query heads share each of two key/value heads.
+"""Grouped-query attention of 0.8M non-embedding parameters: two query heads on each key head.
 
   python train.py --config=configs/gqa_small.py
 

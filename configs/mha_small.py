@@ -1,4 +1,4 @@
-"""Multi-head attention at 0.8M parameters: the reference that keeps every head's keys and values.
+"""Multi-head attention of 0.8M non-embedding parameters: keeps every head's keys and values.
 
   python train.py --config=configs/mha_small.py
 

@@ -1,4 +1,4 @@
-"""Multi-head Latent Attention at 0.8M parameters: trains in minutes on two CPU cores.
+"""Multi-head Latent Attention of 0.8M non-embedding parameters: trains in minutes on two cores.
 
   python train.py --config=configs/mla_small.py
 

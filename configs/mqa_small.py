@@ -1,4 +1,4 @@
-"""Multi-query attention at 0.8M parameters: all query heads share one key/value head.
+"""Multi-query attention of 0.8M non-embedding parameters: query heads share one key/value head.
 
   python train.py --config=configs/mqa_small.py
 

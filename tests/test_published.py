@@ -103,7 +103,7 @@ def sweep_sentences() -> list[str]:
   }
   looks = [NUMBERS[len(look['seeds'])] for look in summary['looks']]
   return [
-    f'{NUMBERS[len(arms)].capitalize()} arms of {weights} parameters, {steps} steps, '
+    f'{NUMBERS[len(arms)].capitalize()} arms of {weights} non-embedding parameters, {steps} steps, '
     f'{NUMBERS[rates]} learning rates an arm. One seed chose',
     f'{NUMBERS[judges]} others judge it (`*-c16` is MLA with `latent_dim=16` and a rotary key of '
     f'{rotary}',
