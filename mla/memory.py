@@ -79,7 +79,7 @@ def _mesh(
   what is left, at which the needs take at most SHARE of a device's memory; all of them where none
   are enough. On CPUs, which share their memory, and where nothing says how much there is, it is 1.
   """
-  mesh = sharding.make_mesh({**sizes, 'fsdp': sizes['fsdp'] or 1}, devices)
+  mesh = sharding.make_mesh(sizes, devices)
   if sizes['fsdp'] or sizes['data'] != -1 or _is_cpu(mesh):
     return mesh
   room = SHARE * (there or _limit(mesh))

@@ -32,7 +32,8 @@ LARGE = 2**20  # bytes of a weight that is worth naming
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
   """The (data, fsdp, tensor) mesh over all devices, those of this machine if none are given.
 
-  At most one size is -1, "what is left".
+  At most one size is -1, "what is left". Of 0, "what is needed", there is one: how many are needed
+  memory.py says.
   """
   try:
     available = jax.device_count() if devices is None else len(devices)
@@ -42,6 +43,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       f'JAX_PLATFORMS={asked}: JAX finds no such device ({first_line(error)}); unset it, or set it '
       'to what is there, such as cpu'
     ) from error
+  sizes = {axis: size or 1 for axis, size in sizes.items()}
   known = math.prod(size for size in sizes.values() if size != -1)
   shape = {axis: available // known if size == -1 else size for axis, size in sizes.items()}
   if math.prod(shape.values()) != available:

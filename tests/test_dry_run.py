@@ -83,6 +83,8 @@ def test_what_bounds_a_step_and_what_fits():
   costs = dry_run.run_costs(report, machine(1), price=3.0, mfu=0.5)
   hours = report['flops_per_token'] * 8 * 32 * TINY['num_steps'] / (1e12 * 0.5) / 3600
   assert costs['hours'] == pytest.approx(hours) and costs['dollars'] == pytest.approx(3 * hours)
+  tight = {**slow, 'fits': True, 'peak_bytes_per_device': 2**25}
+  assert 'yes: 0.03 GiB of 0.00 MiB a device at once' in dry_run.card(tight, config)
   more = {'run': costs, 'largest_rows_at_once': 64, 'whole_weights': {'blocks.w_uk': 2**20}}
   for told in (report, slow, {**report, **more}):
     assert 'gqa' in dry_run.card(told, config)
@@ -111,6 +113,17 @@ def test_flops_beside_xlas_count():
   useful, _ = dry_run.flops_per_token(config, 61, jax.devices()[0])
   masked = 6 * config.num_layers * 4 * (32 + 32) * (64 - 1) / 2
   assert useful + masked < cost.train_flops_per_token(config, 61) < 1.12 * (useful + masked)
+
+
+@pytest.mark.parametrize(
+  ('temporary', 'peak', 'there', 'fits'),
+  [(7, None, 10, True), (8, None, 10, False), (8, 10, 10, True), (8, 11, 10, False)],
+)
+def test_a_step_fits_by_its_peak_where_that_is_known(temporary, peak, there, fits):
+  """Otherwise by all there is: arguments, results and temporaries."""
+  step = dry_run.Step(None, 2, 1, temporary, hlo.Program(TPU), 0.0, peak)
+  assert step.need == 3 + temporary and step.fits(there) == fits and step.fits(None)
+  assert not step._replace(program=None).fits(there)
 
 
 def test_the_largest_batch_is_searched_in_powers_of_two():
