@@ -57,7 +57,7 @@ def which_config() -> UserError:
 
 
 def begin(argv: list[str] | None = None, say: str = '') -> None:
-  """Answers --help, or parses the flags; ends as run() does. Then prints `say`."""
+  """Answers --help, or parses the flags; ends as run() does. Then says `say` on a terminal."""
   argv = sys.argv if argv is None else argv
   _keep_output_open()
   log_plainly()
@@ -66,7 +66,7 @@ def begin(argv: list[str] | None = None, say: str = '') -> None:
     print(flags.FLAGS.get_help() if asked == 'helpfull' else _help())
     sys.exit(0)
   _with_its_errors_told(lambda: _parse(argv))
-  if say:
+  if say and sys.stdout.isatty():
     print(say, flush=True)
 
 

@@ -183,7 +183,8 @@ def test_what_a_run_leaves(trained):
   evaluations = [line for line in lines if 'eval_loss' in line]
   assert [line['step'] for line in training] == list(range(1, 13))
   assert [line['step'] for line in evaluations] == [6, 12]
-  assert set(training[0]) == {'step', 'loss', 'learning_rate', 'grad_norm'}
+  assert set(training[0]) == {'step', 'loss', 'learning_rate', 'grad_norm', 'tokens_seen'}
+  assert [line['tokens_seen'] for line in training] == [n * 8 * 16 for n in range(1, 13)]
   assert set(evaluations[0]) == {'step', 'eval_loss', 'eval_bits_per_byte'}
   assert any((trained / 'tensorboard').iterdir())
   # A byte tokenizer on text without document starts: nats a token are nats a byte.
