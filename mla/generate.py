@@ -111,8 +111,9 @@ def write(
   decoders = [codecs.getincrementaldecoder('utf-8')(errors='replace') for _ in prompts]
   open_rows = set(range(len(prompts)))
   done, first = 0, 0.0
+  key = jax.random.key(seed, impl=model_lib.PRNG)
   drawn = stream(
-    run.model, cache, tokens, lengths, jax.random.key(seed),
+    run.model, cache, tokens, lengths, key,
     steps=steps, temperature=temperature, top_p=top_p,
   )  # fmt: skip
   for newest in drawn:

@@ -14,8 +14,8 @@ import optax
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from mla import generate, sharding
 from mla import model as model_lib
-from mla import sharding
 from mla.cache import Cache
 from mla.data.pipeline import Data, eval_windows, load_data
 from mla.evaluate import load_model
@@ -43,17 +43,13 @@ def open_run(workdir: Path) -> Run:
 
 
 def write(run: Run, prompt: str, steps: int, seed: int = 0) -> str:
-  """The prompt and `steps` sampled tokens of what follows, written through a bfloat16 cache."""
-  start = np.concatenate([[run.data.tokenizer.bos], run.data.tokenizer.encode(prompt)])
-  tokens = jnp.asarray(start, jnp.int32)[None]
-  length = len(start)
-  cache = model_lib.allocate_cache(run.model, batch=1, slots=length + steps, dtype='bfloat16')
-  key = jax.random.key(seed)
-  lengths = jnp.array([length], jnp.int32)
-  written, _ = model_lib.generate(
-    run.model, cache, tokens, lengths, key, steps=steps, temperature=0.7
+  """The prompt and up to `steps` tokens of what follows, through a bfloat16 cache."""
+  parts = [prompt]
+  writer = generate.Run(run.config, run.data.tokenizer, run.model, run.step)
+  generate.write(
+    writer, [prompt], lambda row, text: parts.append(text), steps=steps, temperature=0.7, seed=seed
   )
-  return prompt + run.data.tokenizer.decode(np.asarray(written)[0])
+  return ''.join(parts)
 
 
 def windows(run: Run, count: int) -> Int[np.ndarray, 'B window']:

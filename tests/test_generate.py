@@ -62,6 +62,22 @@ def test_a_row_ends_where_another_document_begins(monkeypatch):
   assert took.tokens == 3
 
 
+def test_a_seed_draws_the_same_whatever_jax_draws_with(monkeypatch):
+  keys = []
+  run = generate.Run(tiny_config(), ByteTokenizer(), model_lib.make_model(tiny_config(), 257), 1)
+
+  def stream(model, cache, prompts, lengths, key, **how):
+    keys.append(key)
+    return iter([np.array([104])])
+
+  monkeypatch.setattr(generate, 'stream', stream)
+  for flag in ('threefry2x32', 'rbg'):
+    with jax.default_prng_impl(flag):
+      generate.write(run, ['a'], lambda row, text: None, steps=1, seed=7)
+  first, second = (np.asarray(jax.random.key_data(key)) for key in keys)
+  np.testing.assert_array_equal(first, second)
+
+
 @pytest.fixture(scope='module')
 def run_of_subwords(tmp_path_factory, text):
   """A run with a tokenizer of its own, whose text is gone."""
