@@ -21,6 +21,11 @@ CACHE_DTYPE = flags.DEFINE_string(
 MAX_TOKENS = flags.DEFINE_integer(
   'max_tokens', None, 'about so many, in whole windows spread over the text; all when not given'
 )
+LATENT_DIM = flags.DEFINE_integer(
+  'latent_dim',
+  None,
+  'of a nested latent so many dims; each of its widths, a row each, when not given',
+)
 JSON = flags.DEFINE_string('json', None, 'write the figures here')
 PLOT = flags.DEFINE_string('plot', None, 'draw perplexity against bytes per token here (.png)')
 
@@ -42,7 +47,7 @@ def main() -> None:
   runs = [
     run
     for workdir in workdirs
-    for run in evaluate.evaluate_dtypes(workdir, dtypes, print, MAX_TOKENS.value)
+    for run in evaluate.evaluate_caches(workdir, dtypes, print, MAX_TOKENS.value, LATENT_DIM.value)
   ]
   print('\n' + tables.compare(runs))
   if json_file:

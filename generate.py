@@ -22,6 +22,7 @@ STEPS = flags.DEFINE_integer('steps', 200, 'tokens to write, if the document is 
 TEMPERATURE = flags.DEFINE_float('temperature', 0.8, '0 takes the likeliest token')
 TOP_P = flags.DEFINE_float('top_p', 0.95, 'only of the likeliest tokens that make up this share')
 CACHE_DTYPE = flags.DEFINE_string('cache_dtype', 'bfloat16', 'float32, bfloat16 or int8')
+LATENT_DIM = flags.DEFINE_integer('latent_dim', None, 'of a nested latent; all when not given')
 SEED = flags.DEFINE_integer('seed', 0, 'of what is drawn')
 BATCH = flags.DEFINE_integer(
   'batch', 1, 'texts side by side: of one prompt that many, of a file that many at a time'
@@ -41,7 +42,7 @@ def main() -> None:
   generate.check(STEPS.value, TEMPERATURE.value, TOP_P.value, CACHE_DTYPE.value, BATCH.value)
   prompts = asked()
   backends.prepare(1)
-  run = generate.load(workdir)
+  run = generate.load(workdir, LATENT_DIM.value)
   longest = max(len(run.tokenizer.encode(prompt)) for prompt in prompts) + STEPS.value
   name = f'{workdir}: {run.config.attention}, step {run.step}'
   print(name, file=sys.stderr)

@@ -20,6 +20,7 @@ The protocol, so that anybody can repeat it:
 - loss_by_position: nats a target, by how many tokens of its window it sees: 1, 2 to 3, 4 to 7, ...
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ from mla import backends, memory, sharding, terminal
 from mla import cache as cache_lib
 from mla import config as config_lib
 from mla import model as model_lib
-from mla.attention import VARIANTS
+from mla.attention import VARIANTS, nested
 from mla.checkpoint import Checkpoints
 from mla.data.pipeline import EvalWindows, eval_windows, load_data
 from mla.errors import UserError
@@ -71,17 +72,22 @@ def evaluate_run(
   Raises UserError for a folder that holds no run, a damaged checkpoint, or a text that is not the
   one it was trained beside.
   """
-  return evaluate_dtypes(workdir, [cache_dtype], say, max_tokens)[0]
+  return score_run(workdir, cache_dtype, say, max_tokens)[0]
 
 
-def evaluate_dtypes(
+def evaluate_caches(
   workdir: Path,
   cache_dtypes: Sequence[str],
   say: Callable[[str], None] = lambda line: None,
   max_tokens: int | None = None,
+  latent_dim: int | None = None,
 ) -> list[dict]:
-  """evaluate_run through a cache of each dtype; text and weights are read once."""
-  return [figures for figures, _ in _scores(workdir, cache_dtypes, say, max_tokens)]
+  """evaluate_run through a cache of each dtype; text and weights are read once.
+
+  A nested run's through one of each width, or of latent_dim alone; UserError if that is none of the
+  run's.
+  """
+  return [figures for figures, _ in _scores(workdir, cache_dtypes, say, max_tokens, latent_dim)]
 
 
 def score_run(
@@ -98,14 +104,20 @@ def score_run(
 
 
 def _scores(
-  workdir: Path, cache_dtypes: Sequence[str], say: Callable[[str], None], max_tokens: int | None
+  workdir: Path,
+  cache_dtypes: Sequence[str],
+  say: Callable[[str], None],
+  max_tokens: int | None,
+  latent_dim: int | None = None,
 ) -> Iterator[tuple[dict, Float[np.ndarray, ' W']]]:
+  """score_run's for each dtype, and of a nested latent each width, the whole first."""
   for cache_dtype in cache_dtypes:
     if cache_dtype not in cache_lib.DTYPES:
       raise UserError(f'--cache_dtype={cache_dtype}: choose one of {", ".join(cache_lib.DTYPES)}')
   if max_tokens is not None and max_tokens < 1:
     raise UserError(f'--max_tokens={max_tokens}: must be a positive number of tokens')
   config = read_config(workdir)
+  widths = latent_widths(workdir, config, latent_dim)
   widest = max(cache_dtypes, key=lambda dtype: jnp.dtype(dtype).itemsize)
   mesh = memory.reading_mesh(config, widest, batch=BATCH, chunk=CHUNK)
   memory.check_reading(config, widest, mesh, batch=BATCH + -BATCH % mesh.size, chunk=CHUNK)
@@ -114,21 +126,23 @@ def _scores(
   except UserError:  # it was for the devices that trained it
     config.attention_impl = 'auto'
   data = load_data(config)
-  model, step = load_model(workdir, config, data.tokenizer.vocab_size, data.digest, mesh)
+  cut = bool(nested.widths_of(config))
+  whole, step = load_model(workdir, config, data.tokenizer.vocab_size, data.digest, mesh)
   windows = eval_windows(data.validation, seq_len=config.seq_len, max_tokens=max_tokens)
   targets = windows.mask.sum(axis=1)
   text_bytes = np.sum(data.tokenizer.byte_lengths[windows.tokens[:, 1:]] * windows.mask)
-  total, body = model_lib.count_params(model)
-  own = VARIANTS[config.attention].fields
-  for cache_dtype in cache_dtypes:
-    say(f'{workdir}: {windows.mask.sum():,} targets through a {cache_dtype} cache')
+  for cache_dtype, width in itertools.product(cache_dtypes, widths):
+    model = model_lib.cut_latent(whole, config, width)[0] if cut and width else whole
+    total, body = model_lib.count_params(model)
+    latent = f', {width} of the latent' if len(widths) > 1 else ''
+    say(f'{workdir}: {windows.mask.sum():,} targets through a {cache_dtype} cache{latent}')
     read = read_through_cache(model, windows, cache_dtype, mesh)
     nll = read.by_window
     yield (
       {
         'workdir': str(workdir),
         'attention': config.attention,
-        'latent_dim': config.latent_dim if 'latent_dim' in own else None,
+        'latent_dim': width,
         'params_total': total,
         'params_non_embedding': body,
         'step': step,
@@ -143,6 +157,26 @@ def _scores(
       },
       nll,
     )
+
+
+def latent_widths(
+  workdir: Path, config: ConfigDict, latent_dim: int | None = None
+) -> Sequence[int | None]:
+  """The widths of the latents that the run's cache can have, the whole first; [None] without any.
+
+  With latent_dim that one alone, UserError if it is none of them.
+  """
+  own = 'latent_dim' in VARIANTS[config.attention].fields
+  widths = (nested.widths_of(config) or (config.latent_dim,))[::-1] if own else (None,)
+  if latent_dim is None:
+    return widths
+  if latent_dim not in widths:
+    told = ', '.join(str(width) for width in widths) if own else f'none, {config.attention}'
+    raise UserError(
+      f'--latent_dim={latent_dim}: {workdir} has {told}; a run that can be cut is trained with '
+      'nested=8,16,32'
+    )
+  return (latent_dim,)
 
 
 def load_model(

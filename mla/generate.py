@@ -21,10 +21,11 @@ from ml_collections import ConfigDict
 from mla import backends, memory, sharding
 from mla import cache as cache_lib
 from mla import model as model_lib
+from mla.attention import nested
 from mla.data.pipeline import load_tokenizer
 from mla.data.tokenizers import Tokenizer
 from mla.errors import UserError
-from mla.evaluate import load_model
+from mla.evaluate import latent_widths, load_model
 from mla.workdir import read_config
 
 MULTIPLE = 32  # prompts are padded to it, so that those of about a length share their programs
@@ -51,9 +52,13 @@ class Written(NamedTuple):
   cache_bytes_per_token: float
 
 
-def load(workdir: Path) -> Run:
-  """The newest checkpoint's model with its tokenizer; UserError as eval.py's."""
+def load(workdir: Path, latent_dim: int | None = None) -> Run:
+  """The newest checkpoint's model with its tokenizer, a nested latent cut to latent_dim.
+
+  UserError as eval.py's.
+  """
   config = read_config(workdir)
+  (width, *_) = latent_widths(workdir, config, latent_dim)
   mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
   try:
     backends.check(config.attention_impl, mesh)
@@ -63,6 +68,8 @@ def load(workdir: Path) -> Run:
   model, step = load_model(
     workdir, config, tokenizer.vocab_size, None, mesh, tokenizer=tokenizer.digest
   )
+  if width and nested.widths_of(config):
+    model, config = model_lib.cut_latent(model, config, width)
   return Run(config, tokenizer, model, step)
 
 

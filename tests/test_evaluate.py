@@ -19,11 +19,11 @@ from conftest import mesh_of, tiny_config
 from flax import nnx
 
 from mla import cache as cache_lib
-from mla import evaluate, plots, sharding, tables
+from mla import evaluate, generate, plots, sharding, tables
 from mla.backends import cpu
 from mla.data.pipeline import eval_windows, load_data
 from mla.errors import UserError
-from mla.model import allocate_cache, forward, make_model
+from mla.model import allocate_cache, cut_latent, forward, make_model
 from mla.train import train_and_evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -355,3 +355,37 @@ def test_a_flipped_bit_in_the_weights_is_not_evaluated(trained, tmp_path):
   largest.write_bytes(raw)
   with pytest.raises(UserError, match='30: cannot be read .*differs from its checksum.*train.py'):
     evaluate.evaluate_run(run, 'float32')
+
+
+def test_a_nested_run_is_read_at_each_of_its_widths(trained):
+  """Through smaller caches, to the losses of smaller models without a cache."""
+  workdir = trained('mla_nested')
+  found = evaluate.evaluate_caches(workdir, ['float32'])
+  assert [run['latent_dim'] for run in found] == [14, 8, 4]
+  assert [run['kv_cache_bytes_per_token'] for run in found] == [4 * (c + 4) for c in (14, 8, 4)]
+  config = evaluate.read_config(workdir)
+  data = load_data(config)
+  mesh = mesh_of((1, 1, 1))
+  model, _ = evaluate.load_model(workdir, config, data.tokenizer.vocab_size, data.digest, mesh)
+  windows = eval_windows(data.validation, seq_len=config.seq_len)
+  tokens = jnp.asarray(windows.tokens)
+  for run in found:
+    smaller, _ = cut_latent(model, config, run['latent_dim'])
+    logits = jax.nn.log_softmax(forward(smaller, tokens[:, :-1]))
+    nll = -np.take_along_axis(np.asarray(logits), windows.tokens[:, 1:, None], -1)[..., 0]
+    expected = np.exp(nll[windows.mask].mean())
+    assert run['perplexity'] == pytest.approx(expected, rel=1e-5)
+  assert len({run['perplexity'] for run in found}) == 3
+  # The whole is what a sweep judges, and one width is read alone.
+  assert evaluate.evaluate_run(workdir, 'float32') == found[0]
+  assert evaluate.evaluate_caches(workdir, ['float32'], latent_dim=8) == [found[1]]
+  with pytest.raises(UserError, match=r'^--latent_dim=5: .* has 14, 8, 4; '):
+    evaluate.evaluate_caches(workdir, ['float32'], latent_dim=5)
+
+
+def test_a_nested_run_writes_with_a_part_of_its_latent(trained):
+  run = generate.load(trained('mla_nested'), 8)
+  took = generate.write(run, ['A'], lambda row, text: None, steps=2, cache_dtype='bfloat16')
+  assert took.cache_bytes_per_token == 2 * (8 + 4)
+  with pytest.raises(UserError, match='^--latent_dim=8: .* has none, gqa; '):
+    generate.load(trained('gqa'), 8)

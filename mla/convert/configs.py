@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mla import config as config_lib
 from mla import rope_scaling
+from mla.attention import nested
 from mla.attention.grouped import key_heads
 from mla.convert.layouts import Scales
 from mla.errors import UserError
@@ -281,6 +282,8 @@ def _refuse_what_they_lack(config: ConfigDict, kind: str, values: int) -> None:
 
   if kind != 'llama' and not config.latent_norm:
     refuse('latent_norm', "DeepSeek's models norm their latents")
+  if len(nested.widths_of(config)) > 1:
+    refuse('nested', 'each block of its latent has a norm of its own')
   if kind == 'llama':
     if values != config.head_dim:
       refuse('value_head_dim', "a Llama's values are as wide as its keys")
