@@ -113,6 +113,11 @@ def _rules(config: ConfigDict) -> Iterator[Rule]:
   ascend = list(widths) == sorted(set(widths))
   last = not widths or widths[-1] == config.latent_dim
   yield ascend and last, 'nested', f'must ascend and end in latent_dim={config.latent_dim}'
+  yield (
+    not widths or config.latent_norm,
+    'nested',
+    'needs latent_norm=True, for its blocks have norms',
+  )
 
 
 def _vectors(config: ConfigDict) -> list[int]:

@@ -148,3 +148,8 @@ def test_training_steps_cut_by_the_state_that_a_checkpoint_holds():
 def test_widths_that_cannot_be_are_refused(given):
   with pytest.raises(UserError, match=f'^nested={given}: must '):
     config_lib.validate(tiny_config('mla', nested=given))
+
+
+def test_a_latent_without_a_norm_has_no_blocks():
+  with pytest.raises(UserError, match='^nested=8,14: needs latent_norm=True'):
+    config_lib.validate(tiny_config('mla', nested='8,14', latent_norm=False))
