@@ -2,7 +2,7 @@
 
   python train.py --config=configs/mla_large.py --config.data.files='/corpus/*.txt'
 
-Target: v5e:4x4. Its dry run: 5.5 of 15.75 GiB a chip with 64 windows at once, at least 3.55 s
+Target: v5e:4x4. Its dry run: 5.7 of 15.75 GiB a chip with 64 windows at once, at least 3.56 s
 a step of 1,048,576 tokens, bound by compute.
 
 The cache: 27,648 bytes a token in bfloat16.
