@@ -34,7 +34,7 @@ from mla.checkpoint import Checkpoints, flatten, unflatten
 from mla.convert.importing import draft_of
 from mla.convert.sources import dumps
 from mla.data import tokenizers
-from mla.data.pipeline import eval_windows, load_data
+from mla.data.pipeline import EvalWindows, eval_windows, load_data
 from mla.errors import UserError
 
 METHODS = ('svd', 'whitened', 'two_sided')
@@ -75,7 +75,7 @@ def compress(
   full = _check(source, latent_dim, rope_dim, method)
   data = load_data(source)
   width = min(source.seq_len, WINDOW)
-  held_out = eval_windows(data.validation, seq_len=width, max_tokens=REPORTED).tokens
+  held_out = eval_windows(data.validation, seq_len=width, max_tokens=REPORTED)
   calibration = eval_windows(data.train, seq_len=width, max_tokens=CALIBRATION).tokens[:, :-1]
   covariances = input_covariances(run.model, calibration)
   report: dict[str, Any] = {
@@ -280,12 +280,13 @@ def _root(covariance: np.ndarray) -> np.ndarray:
   return (vectors * np.sqrt(np.maximum(eigenvalues, ridge))) @ vectors.T
 
 
-def _loss(model: model_lib.Decoder, windows: Int[np.ndarray, 'W window']) -> float:
-  """Nats a token, all positions in parallel."""
+def _loss(model: model_lib.Decoder, windows: EvalWindows) -> float:
+  """Nats a target, all positions in parallel."""
 
   @jax.jit
-  def nll(model: model_lib.Decoder, tokens: Int[Array, 'B window']) -> Float[Array, '']:
+  def nll(model: model_lib.Decoder, tokens: Int[Array, 'B window']) -> Float[Array, 'B T']:
     x = model_lib.states(model, tokens[:, :-1])
-    return jnp.mean(loss_lib.token_nll(x, model.unembedding(), tokens[:, 1:]))
+    return loss_lib.token_nll(x, model.unembedding(), tokens[:, 1:])
 
-  return float(np.mean([nll(model, jnp.asarray(row[None])) for row in windows]))
+  rows = [np.asarray(nll(model, jnp.asarray(row[None]))) for row in windows.tokens]
+  return float(np.sum(np.concatenate(rows), where=windows.mask) / windows.mask.sum())

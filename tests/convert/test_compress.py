@@ -6,6 +6,7 @@ import pytest
 from conftest import tiny_config
 
 from mla.convert import compress
+from mla.data.pipeline import EvalWindows
 from mla.errors import UserError
 from mla.model import allocate_cache, decode, forward, make_model
 
@@ -52,6 +53,15 @@ def test_exact_at_full_rank_where_the_heads_share_what_turns(arm, turned, method
   np.testing.assert_allclose(decode(small, cache, jnp.asarray(TOKENS))[0], expected, atol=2e-4)
   assert cache.bytes_per_token() == 2 * 4 * (rank + turned)
   assert new.attention == 'mla'
+
+
+def test_padding_is_no_target():
+  model = drawn('gqa')[1]
+  windows = EvalWindows(TOKENS, np.ones((2, 23), bool))
+  mask = np.zeros((4, 23), bool)
+  mask[:2] = True
+  padded = EvalWindows(np.concatenate([TOKENS, TOKENS[::-1] // 2]), mask)
+  assert compress._loss(model, padded) == pytest.approx(compress._loss(model, windows), rel=1e-6)
 
 
 def test_what_no_longer_turns_is_lost():
