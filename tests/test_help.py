@@ -14,7 +14,7 @@ from mla.fields import flatten
 
 ROOT = Path(__file__).parent.parent
 TWO_SCREENS = 100  # lines
-ENTRIES = ('train.py', 'eval.py', 'generate.py', 'sweep.py', 'report.py', 'prepare.py')
+ENTRIES = sorted(path.name for path in ROOT.glob('*.py'))
 ASK = """
 import runpy, sys
 sys.argv = [sys.argv[1], '--help']
