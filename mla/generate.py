@@ -45,7 +45,7 @@ class Written(NamedTuple):
 
   tokens: int  # of all rows
   first_seconds: float  # until the first was there, compilation included
-  rest_seconds: float  # for those after each row's first
+  rest_seconds: float  # for those after each row's second, before which there was compilation
   rows: int
   steps: int
   cache_bytes: int
@@ -117,14 +117,14 @@ def write(
   sizes = cache.nbytes(), cache.bytes_per_token()
   decoders = [codecs.getincrementaldecoder('utf-8')(errors='replace') for _ in prompts]
   open_rows = set(range(len(prompts)))
-  done, first = 0, 0.0
+  done, times = 0, []
   key = jax.random.key(seed, impl=model_lib.PRNG)
   drawn = stream(
     run.model, cache, tokens, lengths, key,
     steps=steps, temperature=temperature, top_p=top_p,
   )  # fmt: skip
   for newest in drawn:
-    first = first or time.monotonic()
+    times.append(time.monotonic())
     for row in sorted(open_rows):
       token = int(newest[row])
       if token == run.tokenizer.bos:
@@ -134,10 +134,10 @@ def write(
       say(row, decoders[row].decode(run.tokenizer.raw(newest[row : row + 1])))
     if not open_rows:
       break
-  ended = time.monotonic()
   for row, decoder in enumerate(decoders):
     say(row, decoder.decode(b'', final=True))
-  return Written(done, first - began, ended - first, len(prompts), steps, *sizes)
+  rest = times[-1] - times[1] if len(times) > 2 else 0.0
+  return Written(done, times[0] - began, rest, len(prompts), steps, *sizes)
 
 
 def stream(
@@ -151,11 +151,17 @@ def stream(
   temperature: float,
   top_p: float,
 ) -> Iterator[Int[np.ndarray, ' B']]:
-  """model.generate's tokens, one a row at a time. The next are under way when these are given."""
+  """model.generate's tokens, one a row at a time. From the second on the next are under way when
+  these are given."""
   how = {'temperature': temperature, 'top_p': top_p}
   first_key, key = jax.random.split(key)
   token, cache = _first(model, cache, jnp.asarray(prompts), jnp.asarray(lengths), first_key, **how)
-  for step_key in jax.random.split(key, steps - 1):
+  yield np.asarray(token)  # shown before the program for the others is compiled
+  if steps == 1:
+    return
+  second_key, *keys = jax.random.split(key, steps - 1)
+  token, cache = _next(model, cache, token, second_key, **how)
+  for step_key in keys:
     following, cache = _next(model, cache, token, step_key, **how)
     yield np.asarray(token)
     token = following
@@ -176,8 +182,8 @@ def _next(model, cache, token, key, *, temperature: float, top_p: float):
 
 def card(run: Run, written: Written, cache_dtype: str) -> str:
   """What it took, on two lines."""
-  rest = written.tokens - written.rows
-  speed = '' if rest <= 0 else (
+  rest = written.tokens - 2 * written.rows
+  speed = '' if rest <= 0 or not written.rest_seconds else (
     f'{1e3 * written.rest_seconds * written.rows / rest:.2f} ms a token, '
     f'{rest / written.rest_seconds:,.0f} tokens a second; '
   )  # fmt: skip
