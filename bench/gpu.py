@@ -45,7 +45,8 @@ def ours(case: dict) -> dict:
   import jax
   from flax import nnx
 
-  from mla import backends, model, sharding, train
+  from mla import backends, model, sharding
+  from mla import step as step_lib
   from mla.dry_run import flops_per_token
   from mla.optimizer import make_optimizer
 
@@ -59,11 +60,11 @@ def ours(case: dict) -> dict:
       worth, _ = flops_per_token(config, VOCAB, jax.devices()[0])
       with jax.set_mesh(mesh):
         optimizer = make_optimizer(config)
-        create = functools.partial(train.init_state, config, VOCAB, optimizer)
+        create = functools.partial(step_lib.init_state, config, VOCAB, optimizer)
         placement = sharding.shardings(jax.eval_shape(create), mesh)
         state = jax.jit(create, out_shardings=placement)()
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: model.make_model(config, VOCAB)))
-        step = functools.partial(train.train_step, config, graphdef, optimizer)
+        step = functools.partial(step_lib.train_step, config, graphdef, optimizer)
         tokens = sharding.put_batch(batch_of(case, config), mesh)
         began = time.perf_counter()
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(placement, None))

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mla import backends, loss
 from mla import model as model_lib
 from mla.optimizer import make_optimizer
-from mla.train import init_state, mean_nll, train_step
+from mla.step import init_state, mean_nll, train_step
 
 
 def training_costs(config: ConfigDict, vocab: int) -> dict[str, Any]:

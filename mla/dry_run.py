@@ -23,8 +23,8 @@ from mla import config as config_lib
 from mla import model as model_lib
 from mla.errors import UserError
 from mla.optimizer import make_optimizer
+from mla.step import TrainState, init_state, jit_step, train_step
 from mla.targets import Target
-from mla.train import TrainState, init_state, jit_step, train_step
 
 MFU = 0.4  # what --price counts on where --mfu is not given
 LARGEST = 5  # arrays that are named

@@ -13,7 +13,7 @@ from mla import config as config_lib
 from mla import memory, sharding
 from mla.model import count_params, make_model
 from mla.optimizer import make_optimizer
-from mla.train import init_state, jit_step
+from mla.step import init_state, jit_step
 
 ARMS = ('mha', 'gqa', 'mqa', 'mla')
 # Parameters in all, about; tokens a window.

@@ -11,7 +11,8 @@ from flax import nnx
 
 from mla import cache as cache_lib
 from mla import model as model_lib
-from mla import sharding, train
+from mla import sharding
+from mla import step as step_lib
 from mla.attention import VARIANTS, append, make_attention
 from mla.model import allocate_cache, decode, forward, generate, make_model, prefill
 from mla.optimizer import make_optimizer
@@ -175,9 +176,9 @@ EACH_VARIANT = pytest.mark.parametrize(
 
 
 @functools.cache
-def initial_state(arm: str, heads: int) -> train.TrainState:
+def initial_state(arm: str, heads: int) -> step_lib.TrainState:
   config = tiny_config(arm, num_heads=heads)
-  return jax.jit(lambda: train.init_state(config, 64, make_optimizer(config)))()
+  return jax.jit(lambda: step_lib.init_state(config, 64, make_optimizer(config)))()
 
 
 @functools.cache
@@ -190,7 +191,7 @@ def losses(arm: str, shape: tuple[int, int, int] = (1, 1, 1), **changes) -> np.n
     placement = sharding.shardings(jax.eval_shape(lambda: state), mesh)
     state = jax.device_put(state, placement)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, 64)))
-    step = functools.partial(train.train_step, config, graphdef, make_optimizer(config))
+    step = functools.partial(step_lib.train_step, config, graphdef, make_optimizer(config))
     step = jax.jit(step, out_shardings=(placement, None))
     figures = []
     for index in range(3):

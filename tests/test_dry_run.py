@@ -16,7 +16,7 @@ from mla.attention import make_attention
 from mla.errors import UserError
 from mla.model import count_params, make_model
 from mla.optimizer import make_optimizer
-from mla.train import init_state, train_step
+from mla.step import init_state, train_step
 
 CONTRACT = (
   'target devices fits params_total argument_bytes_per_device temporary_bytes_per_device '

@@ -11,7 +11,8 @@ import pytest
 from conftest import mesh_of, tiny_config
 from flax import nnx
 
-from mla import loss, sharding, train
+from mla import loss, sharding
+from mla import step as step_lib
 from mla.model import make_model
 from mla.optimizer import make_optimizer
 
@@ -39,12 +40,12 @@ def compile_step(shape: tuple[int, int, int], options: dict | None = None, **cha
   mesh = mesh_of(shape)
   with jax.set_mesh(mesh):
     optimizer = make_optimizer(config)
-    create = functools.partial(train.init_state, config, VOCAB, optimizer)
+    create = functools.partial(step_lib.init_state, config, VOCAB, optimizer)
     placement = sharding.shardings(jax.eval_shape(create), mesh)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, VOCAB)))
 
     def step(state, tokens):
-      return train.train_step(config, graphdef, optimizer, state, tokens)
+      return step_lib.train_step(config, graphdef, optimizer, state, tokens)
 
     def place(leaf, where):
       return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

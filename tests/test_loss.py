@@ -11,7 +11,8 @@ import pytest
 from conftest import arrays_in, mesh_of, tiny_config
 from flax import nnx
 
-from mla import loss, train
+from mla import loss
+from mla import step as step_lib
 from mla.model import forward, make_model
 
 BATCH, LENGTH, WIDTH, VOCAB = 8, 21, 16, 72  # of 21 positions the last chunk is not full
@@ -116,7 +117,7 @@ def tiny_model():
 def gradients(params, tokens):
   """train_step's loss and gradients."""
   graphdef = tiny_model()[0]
-  return jax.value_and_grad(lambda p: train.mean_nll(nnx.merge(graphdef, p), tokens))(params)
+  return jax.value_and_grad(lambda p: step_lib.mean_nll(nnx.merge(graphdef, p), tokens))(params)
 
 
 def windows() -> jax.Array:
@@ -167,6 +168,6 @@ def test_masked_evaluation_with_chunks(shape, small_chunks):
   logits = forward(nnx.merge(graphdef, params), tokens[:, :-1])
   nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
   with jax.set_mesh(mesh_of(shape)):
-    found, count = jax.jit(functools.partial(train.eval_step, graphdef))(params, tokens, mask)
+    found, count = jax.jit(functools.partial(step_lib.eval_step, graphdef))(params, tokens, mask)
   assert int(count) == BATCH * LENGTH // 3
   np.testing.assert_allclose(found, np.sum(np.asarray(nll)[np.asarray(mask)]), rtol=1e-5)

@@ -10,7 +10,7 @@ from mla import memory, sharding
 from mla import model as model_lib
 from mla.errors import UserError
 from mla.optimizer import make_optimizer
-from mla.train import init_state
+from mla.step import init_state
 
 
 def one_device():

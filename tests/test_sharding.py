@@ -13,7 +13,7 @@ from configs import mla_medium
 from mla import sharding
 from mla.model import make_model
 from mla.optimizer import make_optimizer
-from mla.train import init_state
+from mla.step import init_state
 
 
 def mesh_of(*sizes: int) -> AbstractMesh:

@@ -293,16 +293,16 @@ def test_a_workdir_whose_claim_was_interrupted_is_free(text, tmp_path):
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(text, tmp_path, monkeypatch):
-  import mla.train
+  import mla.step
 
-  finite = mla.train.mean_nll
+  finite = mla.step.mean_nll
 
   def nan_when_poisoned(model, tokens, *widths):
     return finite(model, tokens, *widths) * poison
 
   workdir, config = tmp_path / 'run', config_of(text)
   poison = 1.0
-  monkeypatch.setattr(mla.train, 'mean_nll', nan_when_poisoned)
+  monkeypatch.setattr(mla.step, 'mean_nll', nan_when_poisoned)
 
   def stop(step, evaluation):
     signal.raise_signal(signal.SIGTERM)

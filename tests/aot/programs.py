@@ -10,8 +10,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from configs import base
 from mla import cache as cache_lib
-from mla import evaluate, sharding, train
+from mla import evaluate, sharding
 from mla import model as model_lib
+from mla import step as step_lib
 from mla.cache import Cache
 from mla.optimizer import make_optimizer
 
@@ -58,12 +59,12 @@ def place(tree, mesh: Mesh):
 def compiled_step(config, mesh: Mesh):
   with jax.set_mesh(mesh):
     optimizer = make_optimizer(config)
-    state = jax.eval_shape(functools.partial(train.init_state, config, VOCAB, optimizer))
+    state = jax.eval_shape(functools.partial(step_lib.init_state, config, VOCAB, optimizer))
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: model_lib.make_model(config, VOCAB)))
     rows = NamedSharding(mesh, PartitionSpec(sharding.RULES['B']))
     shape = (config.batch_size, config.seq_len + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-    step = functools.partial(train.train_step, config, graphdef, optimizer)
+    step = functools.partial(step_lib.train_step, config, graphdef, optimizer)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(sharding.shardings(state, mesh), None))
     return jitted.lower(place(state, mesh), tokens).compile()
 

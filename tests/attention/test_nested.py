@@ -12,7 +12,7 @@ from flax import nnx
 
 from mla import cache as cache_lib
 from mla import config as config_lib
-from mla import train
+from mla import step as step_lib
 from mla.attention import nested
 from mla.attention.latent import LatentAttention
 from mla.errors import UserError
@@ -106,7 +106,7 @@ def test_a_cut_row_teaches_the_tail_nothing():
   graphdef, params = nnx.split(whole_model())
 
   def loss(params):
-    return train.mean_nll(nnx.merge(graphdef, params), TOKENS, widths)
+    return step_lib.mean_nll(nnx.merge(graphdef, params), TOKENS, widths)
 
   attention = jax.grad(loss)(params)['blocks']['attention']
   for name, axis in (('w_dkv', 2), ('w_uk', 1), ('w_uv', 1)):
@@ -131,16 +131,16 @@ def test_training_steps_cut_by_the_state_that_a_checkpoint_holds():
   config = tiny_config('mla_nested', accumulation_steps=2)
   graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, VOCAB)))
   optimizer = make_optimizer(config)
-  state = train.init_state(config, VOCAB, optimizer)._replace(step=jnp.int32(3))
+  state = step_lib.init_state(config, VOCAB, optimizer)._replace(step=jnp.int32(3))
   tokens = jax.random.randint(jax.random.key(2), (8, 33), 0, VOCAB)
-  _, measured = jax.jit(functools.partial(train.train_step, config, graphdef, optimizer))(
+  _, measured = jax.jit(functools.partial(step_lib.train_step, config, graphdef, optimizer))(
     state, tokens
   )
   rows = nested.draw_widths(WIDTHS, state.key, jnp.int32(3), 8)
   widths = jnp.stack([rows] * 2, axis=1)
-  expected = train.mean_nll(nnx.merge(graphdef, state.params), tokens, widths)
+  expected = step_lib.mean_nll(nnx.merge(graphdef, state.params), tokens, widths)
   np.testing.assert_allclose(measured['loss'], expected, rtol=1e-5)
-  whole = train.mean_nll(nnx.merge(graphdef, state.params), tokens)
+  whole = step_lib.mean_nll(nnx.merge(graphdef, state.params), tokens)
   assert abs(float(whole - expected)) > 1e-4
 
 
