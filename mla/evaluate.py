@@ -41,7 +41,7 @@ from mla import config as config_lib
 from mla import model as model_lib
 from mla.attention import VARIANTS, nested
 from mla.checkpoint import Checkpoints
-from mla.data.pipeline import EvalWindows, eval_windows, load_data
+from mla.data.pipeline import EvalWindows, eval_windows, load_run_data
 from mla.errors import UserError
 from mla.workdir import read_config
 
@@ -125,7 +125,7 @@ def _scores(
     backends.check(config.attention_impl, mesh)
   except UserError:  # it was for the devices that trained it
     config.attention_impl = 'auto'
-  data = load_data(config)
+  data = load_run_data(workdir, config)
   cut = bool(nested.widths_of(config))
   whole, step = load_model(workdir, config, data.tokenizer.vocab_size, data.digest, mesh)
   windows = eval_windows(data.validation, seq_len=config.seq_len, max_tokens=max_tokens)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from mla import generate, sharding
 from mla import model as model_lib
 from mla.cache import Cache
-from mla.data.pipeline import Data, eval_windows, load_data
+from mla.data.pipeline import Data, eval_windows, load_run_data
 from mla.evaluate import load_model
 from mla.workdir import read_config
 
@@ -36,7 +36,7 @@ def open_run(workdir: Path) -> Run:
   """The newest checkpoint of a run, and its text; UserError as evaluate.load_model."""
   config = read_config(workdir)
   config.attention_impl = 'auto'
-  data = load_data(config)
+  data = load_run_data(workdir, config)
   mesh = sharding.make_mesh(ONE_DEVICE)
   model, step = load_model(workdir, config, data.tokenizer.vocab_size, data.digest, mesh)
   return Run(config, model, step, data)

@@ -34,7 +34,7 @@ from mla.checkpoint import Checkpoints, flatten, unflatten
 from mla.convert.importing import draft_of
 from mla.convert.sources import dumps
 from mla.data import tokenizers
-from mla.data.pipeline import EvalWindows, eval_windows, load_data
+from mla.data.pipeline import EvalWindows, eval_windows, load_run_data
 from mla.errors import UserError
 
 METHODS = ('svd', 'whitened', 'two_sided')
@@ -73,7 +73,7 @@ def compress(
   turned = source.rope_dim or source.head_dim
   rope_dim = rope_dim or turned
   full = _check(source, latent_dim, rope_dim, method)
-  data = load_data(source)
+  data = load_run_data(workdir, source)
   width = min(source.seq_len, WINDOW)
   held_out = eval_windows(data.validation, seq_len=width, max_tokens=REPORTED)
   calibration = eval_windows(data.train, seq_len=width, max_tokens=CALIBRATION).tokens[:, :-1]

@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 from mla import files, generate
+from mla import model as model_lib
 from mla.checkpoint import flatten
 from mla.convert import configs, layouts, vocabulary
 from mla.convert.importing import draft_of
@@ -43,8 +44,17 @@ def export(workdir: Path, out: Path, kind: str, shard: int = SHARD) -> str:
     for name, text in vocabulary.to_files(tokenizer).items():
       files.write_whole(draft / name, text)
     tensors = layouts.tensors(config, tokenizer.vocab_size, interleaved=kind != 'llama')
-    _write(draft, list(tensors), flatten(nnx.state(model, nnx.Param)), shard)
+    _write(draft, list(tensors), _only_tokens(model), shard)
   return kind
+
+
+def _only_tokens(model: model_lib.Decoder) -> dict[str, jax.Array]:
+  """The weights by their paths, without the rows that round the vocabulary."""
+  params = flatten(nnx.state(model, nnx.Param))
+  for name, axis in (('embedding/value', 0), ('w_out/value', 1)):
+    if name in params:
+      params[name] = jax.lax.slice_in_dim(params[name], 0, model.vocab, axis=axis)
+  return params
 
 
 def _write(folder: Path, tensors: list[layouts.Tensor], params: dict, shard: int) -> None:

@@ -107,6 +107,15 @@ def _tell_doubled(doubled: int, documents: int) -> None:
     )
 
 
+def load_run_data(workdir: Path, config: ConfigDict) -> Data:
+  """load_data of a run, with the tokenizer.json it keeps: that of its config may have moved."""
+  own = workdir / tokenizers.HUGGING_FACE[0]
+  if config.data.tokenizer.startswith('hf:') and own.exists():
+    config = config.copy_and_resolve_references()
+    config.data.tokenizer = f'hf:{own}'
+  return load_data(config)
+
+
 def load_tokenizer(workdir: Path, config: ConfigDict) -> Tokenizer:
   """The run's own, or else what load_data makes of its text."""
   own = tokenizers.load(config.data.tokenizer, workdir)

@@ -1,7 +1,9 @@
 """Tokenizers that others have trained: byte-level ones and SentencePiece's, at toy size."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 from conftest import tiny_config
 from test_tokenizers import NASTY, TEXT, random_texts
@@ -16,7 +18,9 @@ from tokenizers import (
 )
 
 from mla import workdir
+from mla.data import tokenizers
 from mla.data.hugging_face import HuggingFaceTokenizer
+from mla.data.pipeline import load_run_data
 from mla.data.tokenizers import make_tokenizer
 from mla.errors import UserError
 
@@ -119,6 +123,23 @@ def test_its_content_tells_it_apart_and_its_place_does_not(tmp_path):
   here, there = (tiny_config(data__tokenizer=f'hf:{folder}') for folder in (one, two))
   assert workdir.difference(here, there)[0] == ''
   assert workdir.difference(here, tiny_config())[0] == 'data.tokenizer'
+
+
+def test_a_run_reads_with_the_tokenizer_it_keeps(text, tmp_path):
+  theirs, run = tmp_path / 'theirs', tmp_path / 'run'
+  for folder in (theirs, run):
+    folder.mkdir()
+  byte_level().save(str(theirs / 'tokenizer.json'))
+  fields = {'data__files': str(text), 'data__data_dir': str(tmp_path / 'data')}
+  config = tiny_config(data__tokenizer=f'hf:{theirs}/tokenizer.json', **fields)
+  before = load_run_data(run, config)  # keeps none yet: the config's
+  tokenizers.save(before.tokenizer, run)
+  shutil.rmtree(theirs)
+  after = load_run_data(run, config)
+  assert after.digest == before.digest
+  np.testing.assert_array_equal(after.validation.tokens, before.validation.tokens)
+  with pytest.raises(UserError, match='data.tokenizer=hf:'):
+    load_run_data(tmp_path, config)
 
 
 def changing(normalizer) -> Tokenizer:

@@ -5,20 +5,17 @@ import numpy as np
 import pytest
 from conftest import ARMS, tiny_config
 
-from mla.attention import VARIANTS
-from mla.attention.grouped import GroupedAttention
-from mla.attention.latent import LatentAttention
 from mla.model import forward, make_model
 
 pytest.importorskip('transformers', reason='extra [bench]; make test-interop installs it')
 
 
-# A Llama's values are as wide as its keys, and it rotates all of a key.
-VALUES = {GroupedAttention: 0, LatentAttention: 10}
+# A Llama's values are as wide as its keys, and it rotates all of a key; others have no peer.
+VALUES = {'mha': 0, 'gqa': 0, 'mqa': 0, 'mla': 10}
 WITH_PEER = [
   arm
   for arm, fields in ARMS.items()
-  if VARIANTS[fields['attention']].module in VALUES and arm != 'mha_partial_rope'
+  if fields['attention'] in VALUES and arm not in ('mha_partial_rope', 'mla_nested')
 ]
 
 
@@ -28,7 +25,7 @@ def test_logits_are_those_of_transformers(arm):
 
   from bench.peers import make_peer
 
-  values = VALUES[VARIANTS[ARMS[arm]['attention']].module]
+  values = VALUES[ARMS[arm]['attention']]
   config = tiny_config(arm, value_head_dim=values, rope_base=500.0)
   model = make_model(config, 61)
   tokens = np.random.default_rng(0).integers(0, 61, (2, 40)).astype(np.int32)

@@ -106,6 +106,13 @@ def test_tensors_that_do_not_fit(exported, tmp_path):
   refused(folder, tmp_path, f'lacks {name}')
 
 
+def test_a_latent_that_can_be_cut_has_no_format(text, tmp_path):
+  workdir = plant(tiny_config('mla_nested'), tmp_path / 'run', text)
+  with pytest.raises(UserError, match='^nested=4,8,14: each block of its latent has a norm'):
+    exporting.export(workdir, tmp_path / 'out', 'auto')
+  assert not (tmp_path / 'out').exists()
+
+
 def test_nothing_is_unpickled(exported, tmp_path):
   folder = copy_of(exported / 'mla', tmp_path / 'their')
   (folder / 'model.safetensors').unlink()
