@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Integer
 from tqdm import tqdm
 
-from mla import files
+from mla import files, terminal
 from mla.data.documents import Digest, Documents, pieces
 from mla.data.tokenizers import Tokenizer
 from mla.errors import MachineError, UserError
@@ -260,11 +260,11 @@ class _Progress:
       self._bar.update(at - self._bar.n)
     elif now - self._told > BETWEEN or self._told == self._began:
       self._told = now
-      minutes, seconds = divmod(round((now - self._began) * (size - at) / max(at, 1)), 60)
+      left = terminal.clock((now - self._began) * (size - at) / max(at, 1))
       speed = nbytes / 1e6 / (now - self._began)
       print(
         f'tokens of {self._name}: {100 * at / size:.0f} %, {speed:.1f} MB/s of text, about '
-        f'{minutes}:{seconds:02d} left',
+        f'{left} left',
         file=sys.stderr,
         flush=True,
       )

@@ -1,4 +1,4 @@
-"""Dry runs of the medium configs and a large one, cut to two layers, for a v5e that isn't there."""
+"""Dry runs of the medium and the large configs, cut to two layers, for a v5e that isn't there."""
 
 import importlib
 
@@ -20,7 +20,10 @@ def two_layers(name: str):
 
 @pytest.mark.parametrize(
   ('name', 'chips'),
-  [('mha_medium', 4), ('gqa_medium', 4), ('mqa_medium', 4), ('mla_medium', 8), ('mla_large', 4)],
+  [
+    *(('mha_medium', 4), ('gqa_medium', 4), ('mqa_medium', 4), ('mla_medium', 8)),
+    *(('mha_large', 4), ('gqa_large', 4), ('mqa_large', 4), ('mla_large', 4)),
+  ],
 )
 def test_a_tpu_takes_it(name, chips):
   config = two_layers(name)
