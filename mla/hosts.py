@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from mla.errors import MachineError, UserError, first_line
 
 HEARTBEAT = 20  # seconds of silence after which a process counts as gone
+SAID = b'.'  # to the process that would have the last word: there is nothing left to say
 GATHERING = 300  # seconds that processes wait for each other at the start
 
 
@@ -30,9 +31,9 @@ def join(coordinator: str | None, process_id: int | None, num_processes: int | N
   """
   if jax.distributed.is_initialized():
     return
-  _leave_a_word()
   if coordinator is not None and not re.fullmatch(r'[^:]+:\d+|\[[0-9a-fA-F:]+\]:\d+', coordinator):
     raise UserError(f'--coordinator={coordinator}: write HOST:PORT of process 0, a port it may use')
+  writer = _leave_a_word()
   try:
     jax.distributed.initialize(
       coordinator,
@@ -43,34 +44,37 @@ def join(coordinator: str | None, process_id: int | None, num_processes: int | N
       shutdown_timeout_seconds=HEARTBEAT,
     )
   except (ValueError, TypeError) as error:
+    os.write(writer, SAID)
     raise UserError(
       f'--multihost: the other processes are not known ({first_line(error)}); give each '
       '--coordinator=HOST:PORT, --num_processes=N and --process_id=0 to N-1'
     ) from error
   except RuntimeError as error:
+    os.write(writer, SAID)
     where = 'the coordinator' if coordinator is None else f'--coordinator={coordinator}'
     raise MachineError(
       f'--multihost: the processes have not found each other at {where} ({first_line(error)}); '
       'start all of them within five minutes, each with a --process_id of its own'
     ) from error
+  atexit.register(_end, writer)
 
 
 def _end(writer: int) -> None:
   """Parts from the others, which may end in abort() too, before nothing is left to say."""
   jax.distributed.shutdown()
-  os.write(writer, b'.')
+  os.write(writer, SAID)
 
 
-def _leave_a_word() -> None:
+def _leave_a_word() -> int:
   """Starts a process that says in one line, should this one be cut short, what to do.
 
-  JAX ends a process whose peers are gone with abort(), which no Python survives.
+  It keeps silent once SAID is written to the pipe returned. JAX ends a process whose peers are gone
+  with abort(), which no Python survives.
   """
   reader, writer = os.pipe()
   if os.fork():
     os.close(reader)
-    atexit.register(_end, writer)
-    return
+    return writer
   os.close(writer)
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)

@@ -63,7 +63,13 @@ ARMS = {
     'rope_dim': 4,
     'query_latent_dim': 18,
   },
-  'mla_nested': {'attention': 'mla', 'latent_dim': 14, 'rope_dim': 4, 'nested': '4,8,14'},
+  'mla_nested': {
+    'attention': 'mla',
+    'latent_dim': 14,
+    'rope_dim': 4,
+    'query_latent_dim': 18,
+    'nested': '4,8,14',
+  },
 }
 
 

@@ -217,8 +217,9 @@ def test_on_any_mesh_the_reading_is_that_of_one_device(trained, arm, sizes):
       model, _ = evaluate.load_model(trained(arm), config, 257, data.digest, mesh)
       read.append(evaluate.read_through_cache(model, windows, 'int8', mesh))
     one, many = read
-    np.testing.assert_allclose(many.by_window, one.by_window, rtol=1e-5)
-    np.testing.assert_allclose(many.by_position, one.by_position, rtol=1e-5)
+    # A loss is what is left of logits of some ten nats: an ulp of those, 1e-6, is its least error.
+    np.testing.assert_allclose(many.by_window, one.by_window, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(many.by_position, one.by_position, rtol=1e-5, atol=2e-6)
     assert one.bytes_per_token_per_device == one.bytes_per_token == many.bytes_per_token
     # A latent has no heads for the tensor axis: it is whole along that.
     parts = 8 if arm == 'gqa' or sizes[2] == 1 else 4
@@ -371,7 +372,7 @@ def test_a_nested_run_is_read_at_each_of_its_widths(trained):
   tokens = jnp.asarray(windows.tokens)
   for run in found:
     smaller, _ = cut_latent(model, config, run['latent_dim'])
-    logits = jax.nn.log_softmax(forward(smaller, tokens[:, :-1]))
+    logits = jax.jit(lambda model: jax.nn.log_softmax(forward(model, tokens[:, :-1])))(smaller)
     nll = -np.take_along_axis(np.asarray(logits), windows.tokens[:, 1:, None], -1)[..., 0]
     expected = np.exp(nll[windows.mask].mean())
     assert run['perplexity'] == pytest.approx(expected, rel=1e-5)

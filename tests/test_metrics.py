@@ -44,7 +44,6 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize('broken', BROKEN.values(), ids=BROKEN)
 class Project:
   """Stands in for the wandb package: what was told to each run, by its id."""
 
@@ -106,6 +105,7 @@ def test_weights_and_biases_that_cannot_begin_are_a_line(tmp_path, monkeypatch):
     metrics.Wandb('caches', tmp_path, {})
 
 
+@pytest.mark.parametrize('broken', BROKEN.values(), ids=BROKEN)
 def test_a_broken_line_costs_no_other(tmp_path, broken, caplog):
   path = tmp_path / 'metrics.jsonl'
   before = joined([*RAW[:3], broken, *RAW[4:]])
