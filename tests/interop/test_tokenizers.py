@@ -44,7 +44,7 @@ def tokenizer(request, text, tmp_path):
     )
     described.train_from_iterator([text.read_text(), WORDS], trainer)
     return write(described.to_str(), tmp_path / 'own')
-  return make_tokenizer(request.param, [text.read_text(), WORDS * 20], tmp_path)
+  return make_tokenizer(request.param, [text.read_bytes(), (WORDS * 20).encode()], tmp_path)
 
 
 def test_the_same_tokens(tokenizer, tmp_path):
