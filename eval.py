@@ -8,7 +8,6 @@ Prints a table, a line a run, by the bytes of the caches; mla/evaluate.py states
 """
 
 # ruff: noqa: E402
-import json
 
 from absl import flags
 
@@ -51,12 +50,7 @@ def main() -> None:
   ]
   print('\n' + tables.compare(runs))
   if json_file:
-    try:
-      files.write_whole(json_file, json.dumps({'runs': runs}, indent=2) + '\n')
-    except OSError as error:
-      raise files.cannot(
-        f'--json={json_file}: cannot be written', error, 'choose another'
-      ) from error
+    files.write_json(json_file, {'runs': runs})
   if plot_file:
     plots.save(plots.perplexity, plot_file, runs)
 

@@ -18,7 +18,6 @@ all done, 1 some trial failed, 2 a mistake in what was given, 143 stopped by SIG
 """
 
 # ruff: noqa: E402
-import json
 import math
 from collections.abc import Sequence
 
@@ -130,12 +129,7 @@ def only_compile(todo: Sequence[trials.Trial]) -> int:
   report = dry_sweep.answer(todo, target=TARGET.value, price=PRICE.value, mfu=MFU.value)
   print('\n' + dry_sweep.card(report))
   if json_file:
-    try:
-      files.write_whole(json_file, json.dumps(report, indent=2) + '\n')
-    except OSError as error:
-      raise files.cannot(
-        f'--json={json_file}: cannot be written', error, 'choose another'
-      ) from error
+    files.write_json(json_file, report)
   return 0
 
 

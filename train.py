@@ -12,7 +12,6 @@ machine failed, 143 stopped by SIGTERM and 130 by Ctrl-C, with everything saved.
 """
 
 # ruff: noqa: E402
-import json
 
 from absl import flags
 
@@ -107,12 +106,7 @@ def only_compile() -> int:
   )
   print(dry_run.card(report, CONFIG.value))
   if json_file:
-    try:
-      files.write_whole(json_file, json.dumps(report, indent=2) + '\n')
-    except OSError as error:
-      raise files.cannot(
-        f'--json={json_file}: cannot be written', error, 'choose another'
-      ) from error
+    files.write_json(json_file, report)
   return 0
 
 

@@ -109,6 +109,14 @@ def write_whole(path: Path, content: bytes | str) -> None:
     raise
 
 
+def write_json(path: Path, content: Any) -> None:
+  """Writes what --json=PATH asked for; what cannot be written ends in one line."""
+  try:
+    write_whole(path, json.dumps(content, indent=2) + '\n')
+  except OSError as error:
+    raise cannot(f'--json={path}: cannot be written', error, 'choose another') from error
+
+
 def open_regular(path: Path, flags: int) -> int:
   """A descriptor; OSError if the path is a link, or no regular file."""
   # O_NONBLOCK: a pipe is refused instead of waited for.
