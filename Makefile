@@ -27,7 +27,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --ignore=tests/test_ray_engine.py --ignore=tests/test_fuzz.py --ignore=tests/test_many_hosts.py --ignore=tests/test_add_a_variant.py --ignore=tests/aot --ignore=tests/html --ignore=tests/interop
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --ignore=tests/test_ray_engine.py --ignore=tests/test_fuzz.py --ignore=tests/test_hosts.py --ignore=tests/test_many_hosts.py --ignore=tests/test_add_a_variant.py --ignore=tests/aot --ignore=tests/html --ignore=tests/interop
 
 # The peers: transformers on torch. On Linux plain torch brings CUDA along; install a CPU build first to avoid that.
 $(VENV)/.installed-bench: $(VENV)/.installed
@@ -46,7 +46,7 @@ test-sweep: $(VENV)/.installed-sweep
 
 # Runs of two and four processes over loopback, some of them killed; one test at a time.
 test-hosts: install
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 0 tests/test_many_hosts.py
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 0 tests/test_hosts.py tests/test_many_hosts.py
 
 # Two hundred kinds of hostile input and damage, from one seed.
 test-fuzz: install
