@@ -87,6 +87,11 @@ def _run(
   class Tell(tune.Callback):
     """Hands each trial's line on as it ends."""
 
+    def __reduce__(self):
+      # Tune writes its callbacks to disk, for a restoring that we have no use for; what these lead
+      # to, a terminal and a thread that watches trials, cannot be written.
+      return tune.Callback, ()
+
     def on_trial_result(self, iteration, trials, trial, result, **_):
       ended.add(trial.config['index'])
       done(todo[trial.config['index']], json.loads(result['line']))
