@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import ARMS, tiny_config
-from runs import cached_logits, opened, params, plant, their_logits
+from planted import cached_logits, opened, params, plant, their_logits
 
 from configs import base
 from mla import rope_scaling

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import break_as, tiny_config
-from runs import plant
+from planted import plant
 from safetensors.numpy import load_file, save_file
 
 from configs import base

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import opened
+from planted import opened
 
 from configs import base
 from mla import evaluate, sharding

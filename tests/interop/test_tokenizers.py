@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import transformers
-from runs import WORDS
+from planted import WORDS
 
 from mla.convert import vocabulary
 from mla.data.hugging_face import HuggingFaceTokenizer
