@@ -27,7 +27,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --ignore=tests/test_ray_engine.py --ignore=tests/test_fuzz.py --ignore=tests/test_hosts.py --ignore=tests/test_many_hosts.py --ignore=tests/test_add_a_variant.py --ignore=tests/aot --ignore=tests/html --ignore=tests/interop
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --ignore=tests/sweep/test_ray_engine.py --ignore=tests/test_fuzz.py --ignore=tests/test_hosts.py --ignore=tests/test_many_hosts.py --ignore=tests/test_add_a_variant.py --ignore=tests/aot --ignore=tests/html --ignore=tests/interop
 
 # The peers: transformers on torch. On Linux plain torch brings CUDA along; install a CPU build first to avoid that.
 $(VENV)/.installed-bench: $(VENV)/.installed
@@ -42,7 +42,7 @@ $(VENV)/.installed-sweep: $(VENV)/.installed
 
 # One at a time: each starts a cluster.
 test-sweep: $(VENV)/.installed-sweep
-	$(BIN)/python -m pytest -n 0 tests/test_ray_engine.py
+	$(BIN)/python -m pytest -n 0 tests/sweep/test_ray_engine.py
 
 # Runs of two and four processes over loopback, some of them killed; one test at a time.
 test-hosts: install

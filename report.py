@@ -22,9 +22,10 @@ MARGIN = flags.DEFINE_float('margin', None, 'nats a token that the sweet spot ma
 if __name__ == '__main__':
   cli.begin()
 
-from mla import files, frontier, page, paths, report
+from mla import files, paths
 from mla.errors import UserError
 from mla.fields import flatten
+from mla.sweep import frontier, page, report
 
 
 def main() -> None:

@@ -61,23 +61,11 @@ MARGIN = flags.DEFINE_float(
 if __name__ == '__main__':
   cli.begin(say='loading JAX')
 
-from mla import (
-  backends,
-  dry_sweep,
-  files,
-  frontier,
-  looks,
-  page,
-  paths,
-  ray_engine,
-  report,
-  signals,
-  sweep,
-  targets,
-  trials,
-)
+from mla import backends, files, paths, signals, targets
 from mla import config as config_lib
 from mla.errors import UserError
+from mla.sweep import dry_sweep, frontier, looks, page, ray_engine, report, trials
+from mla.sweep import run as sweep
 
 
 def main() -> int:

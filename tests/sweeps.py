@@ -5,7 +5,8 @@ from pathlib import Path
 
 import test_sweep
 
-from mla import sweep, trials
+from mla.sweep import run as sweep
+from mla.sweep import trials
 
 # {arm: (variant, bytes a token, loss)}; two of equal bytes.
 ARMS = {

@@ -11,12 +11,13 @@ from conftest import TINY, tiny_config
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mla import cost, dry_run, dry_sweep, hlo, sharding, targets, trials
+from mla import cost, dry_run, hlo, sharding, targets
 from mla.attention import make_attention
 from mla.errors import UserError
 from mla.model import count_params, make_model
 from mla.optimizer import make_optimizer
 from mla.step import init_state, train_step
+from mla.sweep import dry_sweep, trials
 
 CONTRACT = (
   'target devices fits params_total argument_bytes_per_device temporary_bytes_per_device '

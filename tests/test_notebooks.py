@@ -13,7 +13,7 @@ import pytest
 from conftest import tiny_config
 from sweeps import made_up_sweep
 
-from mla import report
+from mla.sweep import report
 from mla.train import train_and_evaluate
 
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mla import looks, report
+from mla.sweep import looks, report
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / 'results' / 'frontier'

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 import pytest
 from conftest import tiny_config
 
-from mla import terminal, watch
+from mla import terminal
 from mla.metrics import Metrics
-from mla.trials import expand, parse_axis
+from mla.sweep import watch
+from mla.sweep.trials import expand, parse_axis
 
 LONG = 'a sentence that is quite a bit longer than any terminal of eighty columns would be, ' * 3
 

@@ -20,7 +20,7 @@ from sweeps import made_up_sweep
 
 from configs import base
 from mla import config as config_lib
-from mla import frontier, page, report, results
+from mla.sweep import frontier, page, report, results
 
 ARMS = ('mha', 'mqa', 'c8', 'c4', HOSTILE := '<img src=x onerror="document.title=1">')
 

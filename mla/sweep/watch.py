@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mla.sweep.trials import Trial
 from mla.terminal import clock
-from mla.trials import Trial
 
 LOOK, IN_A_PIPE = 1.0, 60.0  # seconds between two lines
 TAIL = 4096  # bytes of metrics.jsonl that surely hold its last line

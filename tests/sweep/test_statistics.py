@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from mla import looks
-from mla import statistics as stats
+from mla.sweep import looks
+from mla.sweep import statistics as stats
 
 LEVEL = 0.05
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mla import restarts
+from mla.sweep import restarts
 
 NOW = {'sweep': 'this', 'step': 20, 'node': 'here', 'alive': {'here', 'there'}}
 
@@ -42,7 +42,7 @@ def test_another_sweep_begins_anew(tmp_path):
 PROCESS = """
 import os, signal, sys, threading
 from pathlib import Path
-from mla import restarts
+from mla.sweep import restarts
 
 def trial():
   with restarts.counting(Path(sys.argv[1]), sweep='this', step=20, node='here', alive={'here'}):
@@ -60,7 +60,7 @@ while True:
 @pytest.mark.parametrize('by, crashes', [(signal.SIGTERM, 0), (signal.SIGKILL, 1)])
 def test_a_process_that_was_told_to_end_has_not_crashed(by, crashes, tmp_path):
   path = tmp_path / 'seed=0.json'
-  root = Path(__file__).parent.parent
+  root = Path(__file__).parent.parent.parent
   command = [sys.executable, '-c', PROCESS, str(path), str(int(by))]
   assert subprocess.run(command, cwd=root).returncode != 0
   assert start(path) == crashes

@@ -10,8 +10,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mla import files, results
-from mla.page.contents import contents
+from mla import files
+from mla.sweep import results
+from mla.sweep.page.contents import contents
 
 NAME = 'report.html'
 

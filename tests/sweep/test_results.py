@@ -16,10 +16,12 @@ from test_sweep import fake_line
 
 from configs import mha_small
 from configs.sweeps.frontier import get_arms
-from mla import cost, frontier, report, sweep, trials
+from mla import cost
 from mla.errors import Diverged, MachineError, UserError
+from mla.sweep import frontier, report, trials
+from mla.sweep import run as sweep
 
-PUBLISHED = Path(__file__).parent.parent / 'results' / 'frontier'
+PUBLISHED = Path(__file__).parent.parent.parent / 'results' / 'frontier'
 AXES = ('latent_dim=4,8', 'learning_rate=1e-3,2e-3', 'seed=0,1')
 COSTS = {
   'flops_per_token': 2e6,

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mla import config as config_lib
-from mla import frontier, metrics, report
+from mla import metrics
 from mla.errors import UserError
 from mla.plots import panels
 from mla.plots.styles import BAND, GREY, PALE, Style, styles
+from mla.sweep import frontier, report
 from mla.tables import Table
 
 SYMBOLS = {

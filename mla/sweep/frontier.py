@@ -1,11 +1,11 @@
 """From a sweep's lines to its answer: per arm mean and interval, the frontier, the sweet spot.
 
-mla/tuning.py says which seeds judge an arm. An arm of which a judged seed failed has no finite
+tuning.py says which seeds judge an arm. An arm of which a judged seed failed has no finite
 mean: any arm without failures is better, it is neither on the frontier nor the sweet spot, and no
 difference is taken to it; its `mean_loss` is that of the seeds that finished. By an arm without
 a judged seed (`tuned_on_itself`) nothing is decided.
 
-What is said of several arms at once shares what this look may err (mla/looks.py), in four families:
+What is said of several arms at once shares what this look may err (looks.py), in four families:
 the bounds against the reference, which decide the sweet spot; the frontier's verdicts; the
 differences at equal bytes, of all pairs, for the best is found by looking; the steps from each
 latent to the next. Each family holds as a whole, *simultaneously*, with 95 % confidence over all
@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mla import files, looks, results, tuning
-from mla import statistics as stats
+from mla import files
 from mla.errors import UserError
+from mla.sweep import looks, results, tuning
+from mla.sweep import statistics as stats
 
 MARGIN = 0.02  # nats a token
 WIDTH = 0.01  # nats: a half-width above it is explained in the report

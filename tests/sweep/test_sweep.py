@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from conftest import SHORT_RUN, tiny_config
 
-from mla import frontier, report, sweep, trials
 from mla.errors import UserError
 from mla.signals import CAUGHT, StopSignal
+from mla.sweep import frontier, report, trials
+from mla.sweep import run as sweep
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 FIELDS = {
   **SHORT_RUN,
   'num_heads': 2,

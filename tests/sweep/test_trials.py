@@ -6,9 +6,9 @@ import unicodedata
 import pytest
 from conftest import tiny_config
 
-from mla import sweep
 from mla.errors import UserError
-from mla.trials import check, expand, load_arms, parse_axis
+from mla.sweep import run as sweep
+from mla.sweep.trials import check, expand, load_arms, parse_axis
 
 
 def trials_of(*axes: str, arms=None):

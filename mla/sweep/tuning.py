@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from mla import statistics as stats
+from mla.sweep import statistics as stats
 
 Rates = Mapping[float, stats.Sample]  # {learning rate: {seed: loss}} of an arm; failed: inf
 

@@ -10,7 +10,7 @@ from typing import Any
 from mla import config as config_lib
 from mla import dry_run, tables
 from mla.errors import UserError
-from mla.trials import Trial
+from mla.sweep.trials import Trial
 
 # Neither what a step computes with nor what it keeps, but for constants in it.
 SAME_STEP = {

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from mla import frontier, paths, report, tuning
+from mla import paths
 from mla.errors import UserError
+from mla.sweep import frontier, report, tuning
 
-PUBLISHED = Path(__file__).parent.parent / 'results' / 'frontier'
+PUBLISHED = Path(__file__).parent.parent.parent / 'results' / 'frontier'
 RATE = 0.003
 
 

@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mla import files, frontier, looks, plots
+from mla import files, plots
+from mla.sweep import frontier, looks
 from mla.tables import CONTEXT, GIB, MIB, Table, columns, markdown
 
 
 def write(folder: Path, reference: str = '', margin: float = frontier.MARGIN) -> str:
   """frontier.json, frontier.png and report.md of a sweep; returns the table for the terminal.
 
-  If the results are new, this is a look at them, which is recorded first (mla/looks.py).
+  If the results are new, this is a look at them, which is recorded first (mla/sweep/looks.py).
   """
   summary = frontier.summarise(folder, reference, margin)
   looks.record(folder, summary['looks'])
@@ -93,7 +94,7 @@ def _rules(summary: Mapping[str, Any]) -> list[str]:
     found.append(
       "An arm's learning rate is the best with its tuning seed "
       f'({", ".join(map(str, tuned))}), which then does not count: losses are means over the other '
-      'seeds (mla/tuning.py).'
+      'seeds (mla/sweep/tuning.py).'
     )
   correlation = summary['correlation']
   found.append(
@@ -103,14 +104,14 @@ def _rules(summary: Mapping[str, Any]) -> list[str]:
       if correlation is None
       else f'the mean correlation of two arms over seeds is {correlation["mean"]:.2f} '
       f'({correlation["pairs"]} pairs, {correlation["seeds"]} seeds). Were it high, the intervals '
-      'would be too wide (mla/statistics.py).'
+      'would be too wide (mla/sweep/statistics.py).'
     )
   )
   counts = ', '.join(str(len(look['seeds'])) for look in summary['looks'])
   found.append(
     f'This is look {summary["look"]} at the sweep (so far after {counts} seeds). It may '
     f'err with {summary["look_level"]:.4g}, so that all looks together err with at most '
-    f'{looks.TOTAL} (mla/looks.py). What is called simultaneous shares that in equal parts '
+    f'{looks.TOTAL} (mla/sweep/looks.py). What is called simultaneous shares that in equal parts '
     '(Bonferroni): the bounds against the reference, the verdicts on the frontier, the pairs of '
     'equal bytes, and the steps of the latent, each of the four by itself. Only reports count as '
     'looks: who has seen losses elsewhere (logs, TensorBoard, results.jsonl, a copy) and then '

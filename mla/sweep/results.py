@@ -26,7 +26,7 @@ import numpy as np
 
 from mla import files
 from mla.errors import UserError, first_line
-from mla.trials import REPEATED, Trial, find_workdirs
+from mla.sweep.trials import REPEATED, Trial, find_workdirs
 
 NUMBER = (int, float)
 # What every line says, and what those of finished trials do; more may stand there.

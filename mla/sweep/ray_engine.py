@@ -24,11 +24,12 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from mla import backends, files, restarts
+from mla import backends, files
 from mla.errors import Diverged, MachineError, UserError, first_line
-from mla.sweep import Done, Engine, Stopped, failed_line, log_of, run_trial
+from mla.sweep import restarts
+from mla.sweep.run import Done, Engine, Stopped, failed_line, log_of, run_trial
+from mla.sweep.trials import Trial
 from mla.train import train_leased
-from mla.trials import Trial
 from mla.workdir import claim_workdir
 
 RESTARTS = 5  # of a trial whose process ends by itself and gets no further, before it has failed

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import test_sweep
 
-from mla import ray_engine
+from mla.sweep import ray_engine
 
 ray = pytest.importorskip('ray')
 Cluster = pytest.importorskip('ray.cluster_utils').Cluster

@@ -16,7 +16,7 @@ function element(tag, text = '', parent = null) {
   return made;
 }
 
-// The margin: which sweet spot each one gives is told beforehand, by mla/frontier.py's rule.
+// The margin: which sweet spot each one gives is told beforehand, by mla/sweep/frontier.py's rule.
 function setMargin(index) {
   const spot = contents.spots[index];
   find('nats').textContent = spot.margin_text;

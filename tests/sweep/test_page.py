@@ -13,11 +13,11 @@ from sweeps import made_up_sweep
 
 from configs import base
 from mla import config as config_lib
-from mla import frontier, page, report, results, trials
-from mla.page.contents import POINTS, STEPS, SYMBOLS, command, contents, margin_grid
 from mla.plots import styles
+from mla.sweep import frontier, page, report, results, trials
+from mla.sweep.page.contents import POINTS, STEPS, SYMBOLS, command, contents, margin_grid
 
-PUBLISHED = Path(__file__).parent.parent / 'results' / 'frontier'
+PUBLISHED = Path(__file__).parent.parent.parent / 'results' / 'frontier'
 DEFAULTS = config_lib.flatten(base.get_config())
 HOSTILE = '</script><!--SCRIPT--><b>&amp;'
 

@@ -1,7 +1,7 @@
 """Runs a sweep: trials on an engine, their results on disk, nothing done twice.
 
 DIR/trials/NAME/   a trial's workdir, as train.py leaves it; logs/NAME.txt what it printed
-DIR/results.jsonl, windows.npz, costs/   what came out, see mla/results.py
+DIR/results.jsonl, windows.npz, costs/   what came out, see results.py
 DIR/frontier.json, frontier.png, report.md, report.html; looks.json how often results were looked at
 DIR/ray/, starts/  what the Ray engine keeps; .lock the lease
 """
@@ -19,16 +19,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mla import cost, files, metrics, tuning
+from mla import cost, files, metrics
 from mla.data.pipeline import load_data
 from mla.errors import Diverged, MachineError, UserError, first_line
 from mla.evaluate import score_run
-from mla.results import Results, are_costs, costs_of, read_costs, write_costs
 from mla.signals import StopSignal
+from mla.sweep import tuning
+from mla.sweep.results import Results, are_costs, costs_of, read_costs, write_costs
+from mla.sweep.trials import Trial
+from mla.sweep.watch import Watch
 from mla.terminal import clock
 from mla.train import train_leased
-from mla.trials import Trial
-from mla.watch import Watch
 from mla.workdir import lease_workdir
 
 CACHE_DTYPE = 'bfloat16'  # of the cache the trials are read through
