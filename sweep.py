@@ -94,7 +94,8 @@ def main() -> int:
   engine = make_engine()
   looks.read(folder)  # if damaged, refused before hours of training
   missing = sweep.missing(todo, folder)
-  trials.check(missing, folder, on_these_devices=ENGINE.value == 'local')
+  lines = trials.check(missing, folder, on_these_devices=ENGINE.value == 'local')
+  sweep.check_text(lines, folder)
   try:
     lines = sweep.run_sweep(todo, folder, engine, tune_on_first_seed=TUNE.value)
     sweep.add_costs(todo, lines, folder)

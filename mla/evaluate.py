@@ -153,6 +153,7 @@ def _scores(
         'perplexity_ci95': bootstrap_perplexity(nll, targets),
         'bits_per_byte': float(nll.sum() / (math.log(2) * text_bytes)),
         'tokens_evaluated': int(targets.sum()),
+        'data_digest': data.digest[:16],
         'loss_by_position': loss_by_position(read.by_position, windows.mask.sum(axis=0)),
       },
       nll,

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mla import terminal
+
 GIB, MIB = 2**30, 2**20
 CONTEXT = 8192  # tokens of a conversation, for users per GiB
 
@@ -47,16 +49,31 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> str:
   if not shared:
     place = heads.index('on each device')
     table = [(*row[:place], *row[place + 1 :]) for row in table]
-  return columns(table, words={0, 1, 5})
+  return columns(table, words={0, 1, 5}, width=terminal.width())
 
 
-def columns(rows: Sequence[Sequence[str]], words: set[int]) -> str:
-  """Rows, heads first, as aligned text; columns in `words` to the left, numbers to the right."""
+def columns(rows: Sequence[Sequence[str]], words: set[int], width: int | None = None) -> str:
+  """Rows, heads first, as aligned text; columns in `words` to the left, numbers to the right.
+
+  What is wider than `width` is folded: further columns stand below, behind the first one again.
+  """
   widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+  blocks = [[0]]
+  for column in range(1, len(widths)):
+    wide = sum(widths[other] + 2 for other in blocks[-1]) + widths[column]
+    if width is not None and wide > width and len(blocks[-1]) > 1:
+      blocks.append([0])
+    blocks[-1].append(column)
+  return '\n\n'.join(_block(rows, block, widths, words) for block in blocks)
+
+
+def _block(
+  rows: Sequence[Sequence[str]], block: Sequence[int], widths: Sequence[int], words: set[int]
+) -> str:
   lines = [
     '  '.join(
-      cell.ljust(width) if column in words else cell.rjust(width)
-      for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+      row[column].ljust(widths[column]) if column in words else row[column].rjust(widths[column])
+      for column in block
     ).rstrip()
     for row in rows
   ]

@@ -31,6 +31,11 @@ def bar(total: int, start: int = 0, what: str = '', *, stays: bool = True) -> tq
   )
 
 
+def width() -> int | None:
+  """Columns of the terminal that stdout is; None if it is none: lines may be long."""
+  return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
 class Following:
   """Moves a bar as each step that was handed to the devices ends there, while the host goes ahead
   of them or waits."""
@@ -94,11 +99,11 @@ def clock(seconds: float) -> str:
 
 def fit(text: str) -> str:
   """The text's lines, broken between words where stdout is a terminal that they do not fit."""
-  if not sys.stdout.isatty():
+  columns = width()
+  if columns is None:
     return text
-  width = shutil.get_terminal_size().columns
   return '\n'.join(
-    '\n'.join(textwrap.wrap(line, width, break_long_words=False, subsequent_indent='  ')) or line
+    '\n'.join(textwrap.wrap(line, columns, break_long_words=False, subsequent_indent='  ')) or line
     for line in text.split('\n')
   )
 

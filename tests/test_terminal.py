@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 from conftest import tiny_config
 
-from mla import terminal
+from mla import tables, terminal
 from mla.metrics import Metrics
 from mla.sweep import watch
 from mla.sweep.trials import expand, parse_axis
@@ -130,3 +130,14 @@ def test_a_running_trial_is_told_by_what_it_writes(tmp_path, monkeypatch):
     watching.ended(first)
     watching.say('[1/2] seed=0')
   assert said == ['[1/2] seed=0'] and 'seed=1' not in screen.text
+
+
+def test_a_table_is_folded_between_columns_to_the_terminal():
+  heads = ['run', *(f'column {number}' for number in range(9))]
+  rows = [[name, *(f'{name}{number}' for number in range(9))] for name in ('a', 'b')]
+  whole = tables.columns([heads, *rows], words={0})
+  folded = tables.columns([heads, *rows], words={0}, width=40)
+  assert max(map(len, whole.splitlines())) > 80 and max(map(len, folded.splitlines())) <= 40
+  assert set(whole.replace('-', '').split()) == set(folded.replace('-', '').split())
+  blocks = folded.split('\n\n')
+  assert [line.split()[0] for line in blocks[-1].splitlines()[2:]] == ['a', 'b']

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mla import config as config_lib
-from mla import dry_run, tables
+from mla import dry_run, tables, terminal
 from mla.errors import UserError
 from mla.sweep.trials import Trial
 
@@ -90,7 +90,8 @@ def card(report: dict[str, Any]) -> str:
     last += [f'{report["hours"]:,.1f}', f'{report["dollars"]:,.2f}']
     note = f', at {report["mfu"]:.0%} of the peak, one trial after another'
   machine = f'{report["target"]}: {report["devices"]} devices{note if priced else ""}'
-  return f'{machine}\n\n{tables.columns([heads, *rows, last], words={0, 2})}'
+  table = tables.columns([heads, *rows, last], words={0, 2}, width=terminal.width())
+  return f'{machine}\n\n{table}'
 
 
 def _step(trial: Trial) -> str:

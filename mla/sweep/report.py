@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mla import files, plots
+from mla import files, plots, terminal
 from mla.sweep import frontier, looks
 from mla.tables import CONTEXT, GIB, MIB, Table, columns, markdown
 
@@ -20,14 +20,14 @@ def write(folder: Path, reference: str = '', margin: float = frontier.MARGIN) ->
   plots.save(plots.frontier, folder / 'frontier.png', summary)
   files.write_whole(folder / 'report.md', written(summary))
   told = [verdict(summary), *warnings(summary), f'written: {folder / "report.md"}']
-  return '\n'.join([frontier_table(summary), *told])
+  return '\n'.join([frontier_table(summary), *map(terminal.fit, told)])
 
 
 def frontier_table(summary: Mapping[str, Any]) -> str:
   """A line an arm, by cache bytes, for the terminal: what its columns are stands below."""
   heads, rows = _frontier_rows(summary)
   short = [head.split(' (')[0] for head in heads]
-  return columns([short, *rows], words={0, 9}) + (
+  return columns([short, *rows], words={0, 9}, width=terminal.width()) + terminal.fit(
     '\n+/-, d and text +/-: two-sided 95 %. d at most: one-sided 95 %, simultaneous over arms and '
     'looks.'
   )

@@ -86,6 +86,14 @@ class Results:
     found = [self.find(trial) for trial in trials]
     return [line for line in found if line is not None]
 
+  def other_text(self, line: Mapping[str, Any]) -> str:
+    """The trial, or '', with the line's data.* that was read on another text or tokenizer."""
+    ours = line.get('data_digest')  # older lines have none
+    for other in self._lines.values():
+      if ours and other.get('data_digest', ours) != ours and _data_of(other) == _data_of(line):
+        return other['trial']
+    return ''
+
   def settle(self, trials: Sequence[Trial]) -> list[Trial]:
     """The trials by the names that their folders have here: an older order of fields made others.
 
@@ -192,6 +200,11 @@ def _other_settings(line: Mapping[str, Any], trial: Trial) -> str:
 def _words(arm: str) -> tuple[str, ...]:
   """An arm's name whatever the order of the fields in it."""
   return tuple(sorted(arm.split(',')))
+
+
+def _data_of(line: Mapping[str, Any]) -> dict[str, Any]:
+  fields = {**line.get('settings', {}), **line['fields']}
+  return {name: value for name, value in fields.items() if name.startswith('data.')}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -96,6 +96,9 @@ def run_sweep(
     progress = Progress(total, watch.say, folder / 'logs')
 
     def done(trial: Trial, line: dict[str, Any]) -> None:
+      other = results.other_text(line) if line['status'] == 'done' else ''
+      if other:
+        line = failed_line(trial, f'its text or tokenizer is not that of trial {other}')
       results.add(line)
       watch.ended(trial)
       progress.ended(line)
@@ -118,6 +121,18 @@ def missing(trials: Sequence[Trial], folder: Path) -> list[Trial]:
   """
   results = Results(folder)
   return [trial for trial in results.settle(trials) if not results.has(trial)]
+
+
+def check_text(lines: Sequence[Mapping[str, Any]], folder: Path) -> None:
+  """UserError if lines of trials.check are of another text than results with the same data.*."""
+  results = Results(folder)
+  for line in lines:
+    other = results.other_text(line)
+    if other:
+      raise UserError(
+        f'trial {line["trial"]}: the text or the tokenizer is not what {folder} holds the result '
+        f'of trial {other} for; put that back, or use another --workdir'
+      )
 
 
 def _tuning_stage(trials: Sequence[Trial], results: Results) -> list[Trial]:

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from mla import backends, files, memory, paths, sharding
 from mla import config as config_lib
 from mla import model as model_lib
+from mla.data import tokenizers
 from mla.data.pipeline import Data, eval_windows, load_data, train_batches
 from mla.errors import UserError
 from mla.workdir import check_workdir, identity, read_config
@@ -61,13 +62,13 @@ class Trial:
   @property
   def arm_digest(self) -> str:
     """The same for all trials of an arm that may be averaged: without what they differ in."""
-    fields = identity(self.config) | {'eval_tokens': self.config.data.eval_tokens}
+    fields = learned(self.config) | {'eval_tokens': self.config.data.eval_tokens}
     return _hash({name: value for name, value in fields.items() if name not in REPEATED})
 
   @property
   def settings(self) -> dict[str, Any]:
     """What the trial has in common with the sweep's others: the fields that it does not set."""
-    fields = identity(self.config) | {'data.eval_tokens': self.config.data.eval_tokens}
+    fields = learned(self.config) | {'data.eval_tokens': self.config.data.eval_tokens}
     return {name: value for name, value in fields.items() if name not in (*self.fields, *REPEATED)}
 
   @property
@@ -85,8 +86,23 @@ class Trial:
     }
 
 
-def digest(config: ConfigDict) -> str:
-  return _hash(identity(config))
+def digest(config: ConfigDict, workdir: Path | None = None) -> str:
+  return _hash(learned(config, workdir))
+
+
+def learned(config: ConfigDict, workdir: Path | None = None) -> dict[str, Any]:
+  """The run's identity, in which a tokenizer.json counts by its content, wherever it lies.
+
+  With workdir that of the copy there, if any. UserError if the file cannot be read.
+  """
+  fields, spec = identity(config), config.data.tokenizer
+  if spec.startswith('hf:'):
+    kept = workdir / tokenizers.HUGGING_FACE[0] if workdir else None
+    path = kept if kept and kept.exists() else Path(spec.removeprefix('hf:'))
+    path = path / tokenizers.HUGGING_FACE[0] if path.is_dir() else path
+    content = files.read_bytes(path, 'name a tokenizer.json in data.tokenizer=hf:PATH')
+    fields['data.tokenizer'] = f'hf:{hashlib.sha256(content).hexdigest()[:16]}'
+  return fields
 
 
 def _hash(fields: Mapping[str, Any]) -> str:
@@ -270,7 +286,7 @@ def find_workdirs(folder: Path) -> dict[str, str]:
   found = {}
   for path in sorted((folder / 'trials').glob('*/config.json')):
     with contextlib.suppress(UserError):
-      found[digest(read_config(path.parent))] = path.parent.name
+      found[digest(read_config(path.parent), path.parent)] = path.parent.name
   return found
 
 
@@ -279,11 +295,14 @@ def _is_sweep(folder: Path) -> bool:
   return held <= {'.lock'} or bool(held & {'trials', 'results.jsonl'})
 
 
-def check(trials: Sequence[Trial], folder: Path, *, on_these_devices: bool = True) -> None:
+def check(
+  trials: Sequence[Trial], folder: Path, *, on_these_devices: bool = True
+) -> list[dict[str, Any]]:
   """What only building a model, reading the text or looking at the sweep's folder can tell.
 
-  With on_these_devices, also whether the trials' meshes fit this process's devices. Raises
-  UserError, naming the trial where it is one's, before anything trains.
+  With on_these_devices, also whether the trials' meshes fit this process's devices. Returns their
+  lines, with the digest of the text and tokenizer that lie here (data_digest). Raises UserError,
+  naming the trial where it is one's, before anything trains.
   """
   try:
     ours = not folder.exists() or (folder.is_dir() and _is_sweep(folder))
@@ -295,26 +314,29 @@ def check(trials: Sequence[Trial], folder: Path, *, on_these_devices: bool = Tru
   models: dict[str, Any] = {}
   shapes: dict[str, str] = {}  # the models', to find equal ones by
   first: dict[str, Trial] = {}
+  lines = []
   for trial in trials:
     try:
       check_workdir(trial.config, folder / 'trials' / trial.name)
+      if trial.arm not in models and on_these_devices:
+        mesh = memory.training_mesh(trial.config)
+        backends.check(trial.config.attention_impl, mesh)
+        memory.check_training(trial.config, mesh)
+      source = json.dumps(trial.config.data.to_dict(), sort_keys=True)
+      if source not in texts:
+        texts[source] = load_data(trial.config)
+      lines.append({**trial.line, 'data_digest': texts[source].digest[:16]})
       if trial.arm not in models:
-        if on_these_devices:
-          mesh = memory.training_mesh(trial.config)
-          backends.check(trial.config.attention_impl, mesh)
-          memory.check_training(trial.config, mesh)
-        source = json.dumps(trial.config.data.to_dict(), sort_keys=True)
-        if source not in texts:
-          texts[source] = load_data(trial.config)
         models[trial.arm] = _check_arm(trial.config, texts[source], on_these_devices)
         shapes[trial.arm] = repr(models[trial.arm])
-      rest = identity(trial.config)
+      rest = learned(trial.config)
       rest = {name: value for name, value in rest.items() if name not in MODEL_FIELDS}
       other = first.setdefault(_hash({'rest': rest, 'shapes': shapes[trial.arm]}), trial)
       if other is not trial and models[other.arm] == models[trial.arm]:
         raise UserError(_repeats(trial, other))
     except UserError as error:
       raise UserError(f'trial {trial.name}: {error}') from error
+  return lines
 
 
 def _check_arm(config: ConfigDict, data: Data, on_these_devices: bool) -> Any:

@@ -18,7 +18,7 @@ from configs import mha_small
 from configs.sweeps.frontier import get_arms
 from mla import cost
 from mla.errors import Diverged, MachineError, UserError
-from mla.sweep import frontier, report, trials
+from mla.sweep import frontier, report, results, trials
 from mla.sweep import run as sweep
 
 PUBLISHED = Path(__file__).parent.parent.parent / 'results' / 'frontier'
@@ -87,6 +87,36 @@ def in_the_order_of_the_flags(folder: Path) -> None:
     line.pop('checksum', None)
     line['trial'] = ','.join(reversed(line['trial'].split(',')))
   path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+
+def test_results_over_another_text_are_not_set_beside_these(tmp_path):
+  text = tmp_path / 'text.txt'
+  todo = expand('seed=0,1', **{'data.files': str(text)})
+
+  def lines(words: str, folder: Path) -> list[dict]:
+    text.write_text(words * 200)
+    return trials.check(todo, folder, on_these_devices=False)
+
+  first, second = lines('one text of words\n', tmp_path / 'new')
+  sweep.Results(folder := make_folder(tmp_path / 'sweep')).add(
+    {**without_costs(todo[0]), 'data_digest': first['data_digest']}
+  )
+  sweep.check_text([second], folder)
+  changed = lines('another text of words\n', folder)[1]
+  with pytest.raises(UserError, match='the text or the tokenizer is not what'):
+    sweep.check_text([changed], folder)
+  # A worker whose copy of the text differs.
+  line = {**without_costs(todo[1]), 'data_digest': changed['data_digest']}
+  run(todo, folder, lambda trial: line)
+  (failed,) = [
+    found for found in results.read_lines(folder / 'results.jsonl') if found['seed'] == 1
+  ]
+  assert failed['status'] == 'failed' and 'not that of trial seed=0' in failed['error']
+
+
+def make_folder(path: Path) -> Path:
+  (path / 'trials').mkdir(parents=True)
+  return path
 
 
 def test_results_under_older_names_are_found(tmp_path):

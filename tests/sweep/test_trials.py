@@ -8,7 +8,7 @@ from conftest import tiny_config
 
 from mla.errors import UserError
 from mla.sweep import run as sweep
-from mla.sweep.trials import check, expand, load_arms, parse_axis
+from mla.sweep.trials import check, digest, expand, load_arms, parse_axis
 
 
 def trials_of(*axes: str, arms=None):
@@ -48,6 +48,22 @@ def test_values_take_the_type_of_their_field():
 def test_a_single_fields_value_may_hold_a_colon():
   tokenizers = [t.config.data.tokenizer for t in trials_of('data.tokenizer=bytes,bpe:300')]
   assert tokenizers == ['bytes', 'bpe:300']
+
+
+def test_a_tokenizer_json_is_known_by_its_content(tmp_path):
+  for name, content in (('a', '{}'), ('b', '{"x": 1}'), ('copy_of_a', '{}')):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'tokenizer.json').write_text(content)
+  a, b = trials_of(f'data.tokenizer=hf:{tmp_path}/a/tokenizer.json,hf:{tmp_path}/b/tokenizer.json')
+  (copy,) = trials_of(f'data.tokenizer=hf:{tmp_path}/copy_of_a')
+  assert a.digest == copy.digest and a.arm_digest == copy.arm_digest
+  assert a.digest != b.digest and a.arm_digest != b.arm_digest
+  # A run is known by the copy that it keeps, whatever has come to lie where it was taken from.
+  run = tmp_path / 'run'
+  run.mkdir()
+  (run / 'tokenizer.json').write_text('{}')
+  (tmp_path / 'a' / 'tokenizer.json').write_text('{"y": 1}')
+  assert digest(a.config, run) == copy.digest != a.digest
 
 
 def test_the_sweeps_own_config_is_left_alone():
