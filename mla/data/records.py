@@ -30,9 +30,13 @@ def is_records(path: Path) -> bool:
 
 def read(field: str, path: Path, key: str, told: Callable[[int], None]) -> Iterator[Raw | None]:
   """Each record's document, None for a blank one; told(n): so many bytes of the file are read."""
-  reader = _parquet if path.name.lower().endswith(PARQUET) else _json_lines
+  reader: Callable[..., Iterator[str | bytes]] = _json_lines
+  if path.name.lower().endswith(PARQUET):
+    reader = _parquet
   for number, text in enumerate(reader(field, path, key, told), 1):
     try:
+      if isinstance(text, bytes):
+        text.decode()
       raw = text if isinstance(text, bytes) else text.encode()
       yield None if is_blank(raw) else raw
     except UnicodeError as error:
@@ -41,9 +45,7 @@ def read(field: str, path: Path, key: str, told: Callable[[int], None]) -> Itera
       ) from error
 
 
-def _json_lines(
-  field: str, path: Path, key: str, told: Callable[[int], None]
-) -> Iterator[str | bytes]:
+def _json_lines(field: str, path: Path, key: str, told: Callable[[int], None]) -> Iterator[str]:
   cure = f'restore it or leave it out of {field}'
   number = 0
   try:
@@ -71,9 +73,10 @@ def _json_lines(
 
 
 def _unpacked(field: str, path: Path, file: Any) -> Any:
-  if path.name.endswith('.gz'):
+  name = path.name.lower()
+  if name.endswith('.gz'):
     return gzip.open(file)
-  if path.name.endswith('.zst'):
+  if name.endswith('.zst'):
     try:
       zstandard = importlib.import_module('zstandard')
     except ModuleNotFoundError as error:
@@ -114,9 +117,7 @@ class _Zstandard(io.RawIOBase):
     return count
 
 
-def _parquet(
-  field: str, path: Path, key: str, told: Callable[[int], None]
-) -> Iterator[str | bytes]:
+def _parquet(field: str, path: Path, key: str, told: Callable[[int], None]) -> Iterator[bytes]:
   import pyarrow
   import pyarrow.parquet
 
@@ -129,9 +130,13 @@ def _parquet(
       rows, size = file.metadata.num_rows, path.stat().st_size
       for batch in file.iter_batches(batch_size=256, columns=[key], use_threads=False):
         told(size * number // max(rows, 1))
-        for text in batch.column(0).to_pylist():
+        try:
+          texts = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
+        except pyarrow.ArrowNotImplementedError:  # neither text nor bytes
+          texts = batch.column(0).to_pylist()
+        for text in texts:
           number += 1
-          if not isinstance(text, str | bytes):
+          if not isinstance(text, bytes):
             raise _no_text(path, f'record {number}', key, {key: text})
           yield text
   except pyarrow.ArrowException as error:

@@ -30,7 +30,7 @@ def lines(texts=TEXTS, key: str = 'text') -> bytes:
 
 
 def write(path, texts=TEXTS, key: str = 'text') -> None:
-  name = path.name
+  name = path.name.lower()
   if name.endswith('.parquet'):
     table = pyarrow.table({'id': list(range(len(texts))), key: texts})
     pyarrow.parquet.write_table(table, path, row_group_size=3)
@@ -44,6 +44,7 @@ def write(path, texts=TEXTS, key: str = 'text') -> None:
 
 
 KINDS = ['a.jsonl', 'a.jsonl.gz', 'a.jsonl.zst', 'a.parquet']
+UPPER = ['A.JSONL.GZ', 'A.JSONL.ZST', 'A.PARQUET']
 
 
 def data_of(pattern, **fields):
@@ -57,7 +58,7 @@ def apart(folder, **fields):
   return {'validation_files': str(folder / 'v.txt'), **fields}
 
 
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('name', KINDS + UPPER)
 def test_documents_are_as_they_stand_and_blank_ones_are_left_out(tmp_path, name):
   write(tmp_path / name)
   assert texts_of(data_of(tmp_path / name, **apart(tmp_path)), 'train') == KEPT
@@ -117,6 +118,27 @@ def test_what_is_wrong_with_lines(tmp_path, content, named):
   with pytest.raises(UserError, match=named) as caught:
     texts_of(data_of(tmp_path / 'a.jsonl', **apart(tmp_path)), 'train')
   assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('kind', [pyarrow.string(), pyarrow.binary()], ids=str)
+def test_a_column_of_texts_or_bytes_that_are_not_utf_8(tmp_path, kind):
+  texts = [b'fine \xc3\xa9', b'spoilt \xc3(']
+  ends = pyarrow.array([0, len(texts[0]), len(b''.join(texts))], pyarrow.int32())
+  buffers = [None, ends.buffers()[1], pyarrow.py_buffer(b''.join(texts))]
+  table = pyarrow.table({'text': pyarrow.Array.from_buffers(kind, 2, buffers)})
+  pyarrow.parquet.write_table(table.slice(0, 1), tmp_path / 'a.parquet')
+  data = data_of(tmp_path / 'a.parquet', **apart(tmp_path))
+  assert texts_of(data, 'train') == [texts[0].decode()]
+  pyarrow.parquet.write_table(table, tmp_path / 'a.parquet')
+  with pytest.raises(UserError, match='a.parquet has text that is not UTF-8 in record 2'):
+    texts_of(data, 'train')
+
+
+@pytest.mark.parametrize('column', [[3, 4], [None, 'a'], [['a'], []]], ids=str)
+def test_a_column_of_something_else(tmp_path, column):
+  pyarrow.parquet.write_table(pyarrow.table({'text': column}), tmp_path / 'a.parquet')
+  with pytest.raises(UserError, match='no such text in record 1 .*it has .* there'):
+    texts_of(data_of(tmp_path / 'a.parquet', **apart(tmp_path)), 'train')
 
 
 @pytest.mark.parametrize('name', KINDS[1:])
