@@ -170,8 +170,11 @@ def cached(
 
 
 def append(
-  into: Shaped[Array, 'B *slots'], new: Shaped[Array, 'B *new'], starts: Int[Array, ' B'], axis: int
-) -> Shaped[Array, 'B *slots']:
+  into: Shaped[Array, ' B *slots'],
+  new: Shaped[Array, ' B *new'],
+  starts: Int[Array, ' B'],
+  axis: int,
+) -> Shaped[Array, ' B *slots']:
   """`into` with each row's new slots, along `axis`, from starts[b] on.
 
   A row that they would run over the end of stays as it was: a scatter drops what a

@@ -147,8 +147,11 @@ def cached(
 
 
 def append(
-  into: Shaped[Array, 'B *slots'], new: Shaped[Array, 'B *new'], starts: Int[Array, ' B'], axis: int
-) -> Shaped[Array, 'B *slots']:
+  into: Shaped[Array, ' B *slots'],
+  new: Shaped[Array, ' B *new'],
+  starts: Int[Array, ' B'],
+  axis: int,
+) -> Shaped[Array, ' B *slots']:
   """blockwise.append; in place if `into` is donated."""
 
   def local(into, new, starts):
