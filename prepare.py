@@ -33,7 +33,7 @@ def main() -> int:
   began = time.monotonic()
   try:
     data = pipeline.load_data(CONFIG.value, lambda: stop.requested != 0)
-  except token_files.Stopped:
+  except signals.Stopped:
     print('stopped; run the same command again to go on')
     return signals.exit_code(stop.requested)
   finally:

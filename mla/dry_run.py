@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from mla import backends, cost, flops, hlo, memory, sharding, targets
 from mla import config as config_lib
 from mla import model as model_lib
+from mla.data import tokenizers
 from mla.errors import UserError
 from mla.optimizer import make_optimizer
 from mla.step import TrainState, init_state, jit_step, train_step
@@ -104,9 +105,7 @@ def measure(config: ConfigDict, target: Target, *, context: int, batch: int = 1)
   """What the compiler and the traced step say of the config on the target's devices."""
   vocab = memory.vocabulary(config)
   if vocab == 1:
-    raise UserError(
-      f'data.tokenizer={config.data.tokenizer}: choose bytes, or bpe:VOCAB such as bpe:4096'
-    )
+    tokenizers.ready(config.data.tokenizer)  # says what is wrong with it
   mesh = memory.training_mesh(config, target.devices, target.chip.memory)
   sharding.check_batch(config, mesh)
   backends.check(config.attention_impl, mesh)

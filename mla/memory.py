@@ -5,6 +5,7 @@ refused: arrays that any schedule of the program has to hold at once. Its true p
 XLA's own count of it is cost.train_peak_bytes.
 """
 
+import functools
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 
 from mla import loss, sharding
 from mla import model as model_lib
+from mla.data import tokenizers
 from mla.errors import UserError
 
 # Axis letter -> the field that sets its size.
@@ -159,9 +161,23 @@ def reading_needs(
 
 
 def vocabulary(config: ConfigDict) -> int:
-  """The size that data.tokenizer says, before any text is read; 1 if it says none."""
-  asked = re.fullmatch(r'bpe:(\d+)', config.data.tokenizer)
-  return int(asked[1]) if asked else 257 if config.data.tokenizer == 'bytes' else 1
+  """The size that data.tokenizer says, before any text is read; 1 if it says none.
+
+  A tokenizer.json that is not there says none: a run has its own, wherever that of its config is.
+  """
+  try:
+    return _vocabulary(config.data.tokenizer)
+  except UserError:
+    return 1
+
+
+@functools.cache
+def _vocabulary(spec: str) -> int:
+  asked = re.fullmatch(r'bpe:(\d+)', spec)
+  if asked:
+    return int(asked[1])
+  tokenizer = tokenizers.ready(spec)
+  return tokenizer.vocab_size if tokenizer else 1
 
 
 def available(proc: Path = Path('/proc'), cgroups: Path = Path('/sys/fs/cgroup')) -> int:

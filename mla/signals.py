@@ -8,6 +8,10 @@ from typing import Any, ClassVar
 CAUGHT = {signal.SIGTERM: 'SIGTERM', signal.SIGINT: 'Ctrl-C'}
 
 
+class Stopped(Exception):
+  """Work was ended because a signal came; what it had made is kept."""
+
+
 def exit_code(by: int) -> int:
   """The exit code of a command that a signal ended, as a shell says it: 143 SIGTERM, 130 Ctrl-C."""
   return 128 + by

@@ -74,13 +74,13 @@ class Progress:
     self._bar = bar(total, what=what, stays=False)
     self._began = self._told = time.monotonic()
 
-  def move(self) -> None:
-    self._done += 1
+  def move(self, parts: int = 1) -> None:
+    self._done += parts
     if self._bar is not None:
-      self._bar.update(1)
+      self._bar.update(parts)
       return
     now = time.monotonic()
-    if now - self._told >= EVERY and self._done < self._total:
+    if now - self._told >= EVERY and 0 < self._done < self._total:
       self._told = now
       left = clock((now - self._began) / self._done * (self._total - self._done))
       print(f'{self._what}: {self._done}/{self._total}  {left} left', flush=True)

@@ -23,13 +23,12 @@ from mla import model as model_lib
 from mla.checkpoint import Checkpoints
 from mla.data import tokenizers
 from mla.data.pipeline import Data, EvalWindows, eval_windows, load_data, skip_to, train_batches
-from mla.data.token_files import Stopped
 from mla.errors import Diverged
 from mla.init_from import settle, weights
 from mla.metrics import Metrics, NoMetrics, Wandb
 from mla.optimizer import make_optimizer, make_schedule
 from mla.profile import Trace
-from mla.signals import CAUGHT, StopSignal
+from mla.signals import CAUGHT, Stopped, StopSignal
 from mla.step import TrainState, eval_step, init_state, jit_step
 from mla.workdir import check_workdir, claim_workdir, lease_workdir
 

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from mla import files
+from mla.data.documents import Raw
 from mla.errors import UserError, first_line
 
 SPACE = '\u2581'  # what SentencePiece writes for a space; there a text's own one is read as a space
@@ -76,6 +77,7 @@ class HuggingFaceTokenizer:
     # SentencePiece sets a space before a text. BOS, which stands there too, takes it back.
     self._prefix = self._check_lossless(path)
     self.byte_lengths[self.bos] = -len(self._prefix)
+    self._within = self._without_prefix(library, found, path) if self._prefix else self._tokenizer
     self.digest = hashlib.sha256(raw + str(self.bos).encode()).hexdigest()
 
   def _boundary(self, path: Path, vocab: dict[str, int]) -> int:
@@ -104,6 +106,21 @@ class HuggingFaceTokenizer:
       'per byte cannot be told with it'
     )
 
+  def _without_prefix(self, library: Any, described: Any, path: Path) -> Any:
+    """The tokenizer that sets nothing before a text, for parts in the midst of a document."""
+    bare = {name: _bare(described.get(name)) for name in ('normalizer', 'pre_tokenizer')}
+    within = library.Tokenizer.from_str(json.dumps({**described, **bare}))
+    within.encode_special_tokens = True
+    within.no_truncation()
+    within.no_padding()
+    ids = within.encode(PROBES[0], add_special_tokens=False).ids
+    if self.raw(np.array(ids, np.int32)) != PROBES[0].encode():
+      raise UserError(
+        f'{path}: sets something before a text that cannot be left out in the midst of a document; '
+        'take another'
+      )
+    return within
+
   def raw(self, ids: Int[np.ndarray, ' n']) -> bytes:
     """The tokens' text as bytes, which may begin or end in the middle of a letter."""
     return b''.join(self._bytes[int(i)] for i in ids)
@@ -111,10 +128,16 @@ class HuggingFaceTokenizer:
   def encode(self, text: str) -> Int[np.ndarray, ' n']:
     return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
-  def encode_batch(self, texts: list[str]) -> Iterator[Int[np.ndarray, ' n']]:
-    """Each text's tokens, on all cores."""
-    for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-      yield np.array(found.ids, np.int32)
+  def encode_batch(self, parts: list[Raw], begins: list[bool]) -> Iterator[Int[np.ndarray, ' n']]:
+    """Each part's tokens, on all cores; a part that begins no document has no space before it."""
+    texts = [str(part, 'utf-8') for part in parts]
+    found: dict[int, Any] = {}
+    for tokenizer, wanted in ((self._tokenizer, True), (self._within, False)):
+      places = [place for place, first in enumerate(begins) if first == wanted]
+      batch = [texts[place] for place in places]
+      encoded = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+      found.update(zip(places, encoded, strict=True))
+    return (np.array(found.pop(place).ids, np.int32) for place in range(len(texts)))
 
   def decode(self, ids: Int[np.ndarray, ' n']) -> str:
     """BOS is skipped; bytes that are no UTF-8 become U+FFFD."""
@@ -146,6 +169,26 @@ def _types(part: Any) -> set[str]:
     inner = set().union(*(_types(value) for value in part.values()))
     return inner | {part['type']} if isinstance(part.get('type'), str) else inner
   return set().union(*map(_types, part)) if isinstance(part, list) else set()
+
+
+def _bare(part: Any) -> Any:
+  """A normalizer or pre-tokenizer without what it sets before a text."""
+  if not isinstance(part, dict):
+    return part
+  kind = part.get('type')
+  if kind == 'Prepend':
+    return None
+  if kind == 'Metaspace':
+    rest = {name: value for name, value in part.items() if name != 'add_prefix_space'}
+    return {**rest, 'prepend_scheme': 'never'}
+  if kind == 'ByteLevel':
+    return {**part, 'add_prefix_space': False}
+  if kind == 'Sequence':
+    return {
+      name: [bare for bare in map(_bare, value) if bare] if isinstance(value, list) else value
+      for name, value in part.items()
+    }
+  return part
 
 
 def byte_level() -> dict[str, int]:

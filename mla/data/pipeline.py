@@ -8,18 +8,15 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
-import sentencepiece
 from jaxtyping import Bool, Int, Integer
 from ml_collections import ConfigDict
 
-from mla import files
-from mla.data import corpora, token_files, tokenizers
-from mla.data.documents import Documents, Raw, digest
-from mla.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer, make_tokenizer
+from mla.data import bpe, corpora, token_files, tokenizers
+from mla.data.documents import Documents, Raw, digest, parts
+from mla.data.tokenizers import Tokenizer
 from mla.errors import UserError
 
 SMALL = 2**26  # bytes of text that are read at each start, where a token is a byte
-MODEL = 'tokenizer.model'  # SentencePiece's, in a store
 
 
 class TokenStream(NamedTuple):
@@ -45,42 +42,57 @@ def load_data(config: ConfigDict, stopping: Callable[[], bool] = lambda: False) 
   """The tokenizer and both streams that config.data names; UserError if they cannot be had.
 
   A small text in bytes is read into memory; all else is prepared once as token files and opened.
-  Raises token_files.Stopped if stopping() while they are made.
+  Raises signals.Stopped if stopping() while they are made.
   """
   sources = {split: corpora.open_documents(config.data, split) for split in token_files.SPLITS}
   spec = config.data.tokenizer
-  small = sum(source.nbytes for source in sources.values()) <= SMALL
-  if spec == 'bytes' and small:
-    return _read(sources, ByteTokenizer())
-  tokenizer: Tokenizer | None = None
-  if not spec.startswith('bpe:'):
-    tokenizer = make_tokenizer(spec, [], Path())
-  identity = f'{spec} {sentencepiece.__version__}' if tokenizer is None else tokenizer.digest
-  root = corpora.data_dir(config.data)
-  what = [identity, *(source.stamps for source in sources.values())]
-  folder = token_files.folder_of(root, what)
-  store = token_files.find(folder)
-  if store is not None and tokenizer is None:
-    tokenizer = BpeTokenizer(files.read_bytes(folder / MODEL, f'remove {folder}'))
-  if store is None:
-    tokenizer = tokenizer or make_tokenizer(spec, sources['train'], root / 'mla_tokenizers')
-    extra = {MODEL: tokenizer.model} if isinstance(tokenizer, BpeTokenizer) else {}
-    try:
-      store = token_files.make(folder, sources, tokenizer, extra, stopping)
-    except UserError as error:  # where nothing can be kept
-      if not small:
-        raise
-      logging.warning('%s; it is tokenized anew at every start', error)
-      return _read(sources, tokenizer)
-  assert tokenizer is not None
+  tokenizer = tokenizers.ready(spec)
+  if spec == 'bytes' and (documents := _small(sources)):
+    return _in_memory(documents, tokenizers.ByteTokenizer())
+  what = [tokenizers.identity(spec, tokenizer), *(source.stamps for source in sources.values())]
+  folder = token_files.folder_of(corpora.data_dir(config.data), what)
+
+  def made() -> Tokenizer:
+    found = tokenizer or bpe.kept(folder)
+    if found is None:
+      text = (part for _, part in sources['train'].parts(f'text for {spec}'))
+      found = bpe.keep(tokenizers.train(spec, text, stopping), folder)
+    return found
+
+  try:
+    store = token_files.find(folder) or token_files.make(folder, sources, made, stopping)
+  except token_files.NotKept as error:
+    documents = _small(sources)
+    if documents is None:
+      raise
+    logging.warning('%s; it is tokenized anew at every start', error)
+    text = (part for _, part in parts(documents['train']))
+    return _in_memory(documents, tokenizer or tokenizers.train(spec, text, stopping))
+  tokenizer = tokenizer or bpe.kept(folder)
+  if tokenizer is None:
+    raise UserError(f'{folder / bpe.KEPT}: is damaged; remove {folder}, it is made again')
   _tell_doubled(store.manifest['doubled'], store.manifest['splits']['validation']['documents'])
   digests = {split: store.manifest['splits'][split]['digest'] for split in token_files.SPLITS}
   return _data(tokenizer, store.tokens, digests, f'in {folder}')
 
 
-def _read(sources: dict[str, Documents], tokenizer: Tokenizer) -> Data:
-  """A small text's tokens in memory."""
-  documents = {split: list(source) for split, source in sources.items()}
+def _small(sources: dict[str, Documents]) -> dict[str, list[Raw]] | None:
+  """All documents of a text of at most SMALL bytes; None of a larger one."""
+  if any(source.nbytes > SMALL for source in sources.values()):  # packed text is longer still
+    return None
+  documents: dict[str, list[Raw]] = {}
+  size = 0
+  for split, source in sources.items():
+    documents[split] = []
+    for raw in source:
+      documents[split].append(raw)
+      size += len(raw)
+      if size > SMALL:
+        return None
+  return documents
+
+
+def _in_memory(documents: dict[str, list[Raw]], tokenizer: Tokenizer) -> Data:
   seen = set(documents['train'])
   held_out = documents['validation']
   _tell_doubled(sum(document in seen for document in held_out), len(held_out))
@@ -124,9 +136,8 @@ def load_tokenizer(workdir: Path, config: ConfigDict) -> Tokenizer:
 
 def make_stream(documents: list[Raw], tokenizer: Tokenizer) -> Integer[np.ndarray, ' n']:
   """The tokens of documents one after another, each behind BOS."""
-  bos = np.array([tokenizer.bos])
-  parts = [part for raw in documents for part in (bos, tokenizer.encode(str(raw, 'utf-8')))]
-  return np.concatenate(parts, dtype=token_files.dtype_of(tokenizer.vocab_size), casting='unsafe')
+  found = [token_files.tokens_of([part], [size], tokenizer)[0] for size, part in parts(documents)]
+  return np.concatenate(found)
 
 
 def train_batches(

@@ -17,32 +17,31 @@ import hashlib
 import json
 import logging
 import os
-import sys
-import time
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Integer
-from tqdm import tqdm
 
-from mla import files, terminal
-from mla.data.documents import Digest, Documents, pieces
+from mla import files, signals
+from mla.data import bpe
+from mla.data.documents import Digest, Documents, Raw
 from mla.data.tokenizers import Tokenizer
 from mla.errors import MachineError, UserError
 
 MANIFEST, LOCK = 'manifest.json', '.lock'
-FORMAT = 1  # of the files; another one is another store
+FORMAT = 2  # of the files; another one is another store
 BATCH = 2**22  # bytes of text that are tokenized between two lines of the journal
 SPLITS = ('train', 'validation')
 ROW = np.dtype([('token', '<u8'), ('bytes', '<u8')])  # of SPLIT.documents
-NOTHING = {'pieces': 0, 'documents': 0, 'tokens': 0, 'bytes': 0}
-QUIET, BETWEEN = 3, 20  # seconds before anything is said of how far it is, and between two lines
+KINDS = ('tokens', 'documents')
+NOTHING = {'pieces': 0, 'documents': 0, 'tokens': 0, 'bytes': 0, 'digest': ''}
 
 
-class Stopped(Exception):
-  """A signal came while tokens were made; what is made is kept."""
+class NotKept(UserError):
+  """Where the tokens are to lie nothing can be written."""
 
 
 class Store(NamedTuple):
@@ -75,7 +74,8 @@ def find(folder: Path) -> Store | None:
           raise ValueError(f'{name} is not what was written')
         noted['time'] = found.st_mtime_ns
     if changed:
-      files.write_whole(folder / MANIFEST, _as_json(manifest))
+      with contextlib.suppress(OSError):  # a store that can only be read is whole too
+        files.write_whole(folder / MANIFEST, _as_json(manifest))
     return Store({split: _map(folder, split, manifest) for split in SPLITS}, manifest)
   except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     logging.warning('%s: the prepared tokens are damaged (%s); they are made again', folder, error)
@@ -85,39 +85,84 @@ def find(folder: Path) -> Store | None:
 def make(
   folder: Path,
   sources: Mapping[str, Documents],
-  tokenizer: Tokenizer,
-  extra: dict[str, bytes],
+  make_tokenizer: Callable[[], Tokenizer],
   stopping: Callable[[], bool] = lambda: False,
 ) -> Store:
-  """Makes the store, or waits for the process that does; `extra` files lie beside it.
+  """Makes the store, or waits for the process that does.
 
-  Raises Stopped if stopping(), UserError for what is wrong with the text or the folder.
+  make_tokenizer() is called where this one does, in the folder, which is there by then. Raises
+  signals.Stopped if stopping(), NotKept where nothing can be written, UserError for what is wrong
+  with the text.
   """
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    busy = f'{folder}: another process is preparing the tokens'
-    with files.lease(folder / LOCK, busy, waiting=lambda: not stopping()):
+    with contextlib.ExitStack() as until_the_end:
+      _wait_for(folder, stopping, until_the_end)
       store = find(folder)
       if store is not None:
         return store
-      (folder / MANIFEST).unlink(missing_ok=True)
-      for name, content in extra.items():
-        files.write_whole(folder / name, content)
+      _remove_refused(folder)
+      tokenizer = make_tokenizer()
       splits = {
         split: _Split(folder, split, tokenizer, documents, stopping).write()
         for split, documents in sources.items()
       }
-      _write_manifest(folder, splits, tokenizer, list(extra))
+      _write_manifest(folder, splits, tokenizer)
       for split in SPLITS:
         (folder / f'{split}.journal').unlink(missing_ok=True)
   except OSError as error:
-    raise files.cannot(
-      f'data.data_dir: tokens cannot be kept in {folder}', error, 'choose a folder with room'
-    ) from error
+    doing = f'data.data_dir: tokens cannot be kept in {folder}'
+    failure = files.cannot(doing, error, 'choose a folder with room')
+    raise NotKept(str(failure)) if isinstance(failure, UserError) else failure from error
   store = find(folder)
   if store is None:
     raise MachineError(f'{folder}: what was written there cannot be read back; mend that')
   return store
+
+
+def _wait_for(
+  folder: Path, stopping: Callable[[], bool], until_the_end: contextlib.ExitStack
+) -> None:
+  """Holds the folder's lock until then; Stopped if stopping() before it is free."""
+  busy = f'{folder}: another process is preparing the tokens'
+  lease = files.lease(folder / LOCK, busy, waiting=lambda: not stopping())
+  try:
+    until_the_end.enter_context(lease)
+  except UserError as error:
+    if stopping():
+      raise signals.Stopped from error
+    raise NotKept(str(error)) from error
+
+
+def _remove_refused(folder: Path) -> None:
+  """Removes a store that find() refused, the journals first: they would vouch for its files.
+
+  Files are removed and not written over, for somebody may have mapped them.
+  """
+  if os.path.lexists(folder / MANIFEST):
+    names = [f'{split}.{kind}' for kind in ('journal', *KINDS) for split in SPLITS]
+    for name in [*names, MANIFEST]:
+      (folder / name).unlink(missing_ok=True)
+
+
+def tokens_of(
+  parts: list[Raw], sizes: list[int], tokenizer: Tokenizer
+) -> tuple[Integer[np.ndarray, ' n'], list[int]]:
+  """The parts' tokens behind one another, and where documents begin, each with a BOS.
+
+  `sizes` as documents.parts() has them: -1 of a part that begins no document.
+  """
+  bos = np.array([tokenizer.bos])
+  begins = [size >= 0 for size in sizes]
+  found, starts, count = [], [], 0
+  for ids, first in zip(tokenizer.encode_batch(parts, begins), begins, strict=True):
+    if first:
+      starts.append(count)
+      found.append(bos)
+    found.append(ids)
+    count += len(ids) + first
+  dtype = dtype_of(tokenizer.vocab_size)
+  return np.concatenate(found, dtype=dtype, casting='unsafe'), starts
 
 
 class _Split:
@@ -131,165 +176,139 @@ class _Split:
     documents: Documents,
     stopping: Callable[[], bool],
   ):
-    self._folder, self._name = folder, name
-    self._tokenizer, self._documents, self._stopping = tokenizer, documents, stopping
-    self._dtype = dtype_of(tokenizer.vocab_size)
+    self._name, self._tokenizer, self._documents = name, tokenizer, documents
+    self._stopping = stopping
     self._journal = folder / f'{name}.journal'
+    self._paths = {kind: folder / f'{name}.{kind}' for kind in KINDS}
+    self._sizes = {'tokens': dtype_of(tokenizer.vocab_size).itemsize, 'documents': ROW.itemsize}
 
   def write(self) -> dict[str, Any]:
-    """Makes the files, from where the journal says; their counts and the text's hash."""
-    with self._open('tokens') as tokens, self._open('documents') as rows:
-      try:
-        return self._write(self._good(tokens, rows), tokens, rows)
-      except _Changed:
-        self._journal.unlink()
-        return self._write(self._good(tokens, rows), tokens, rows)
+    """Makes the files, from where the journal says; their counts and hashes."""
+    try:
+      return self._write()
+    except _Changed:
+      self._journal.unlink()
+      return self._write()
 
-  def _open(self, kind: str) -> BinaryIO:
-    return os.fdopen(files.open_to_append(self._folder / f'{self._name}.{kind}'), 'ab')
+  def _write(self) -> dict[str, Any]:
+    with contextlib.ExitStack() as until_the_end:
+      self._files = {
+        kind: until_the_end.enter_context(os.fdopen(files.open_to_append(path), 'ab'))
+        for kind, path in self._paths.items()
+      }
+      self._done = self._good()
+      # Tokens are made and written there, while the text is read and hashed here.
+      writer = until_the_end.enter_context(futures.ThreadPoolExecutor(1))
+      return self._read(writer)
 
-  def _good(self, tokens: BinaryIO, rows: BinaryIO) -> dict[str, Any]:
+  def _good(self) -> dict[str, Any]:
     """The last line of the journal that the files bear out; they are cut to what it says."""
-    good: dict[str, Any] = {**NOTHING, 'digest': ''}
+    good: dict[str, Any] = NOTHING
     with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
       for line in self._journal.read_text(encoding='utf-8').splitlines():
         with contextlib.suppress(ValueError):  # cut short by a kill
           found = json.loads(line)
           if isinstance(found, dict) and set(found) == set(good):
             good = found
-    sizes = {tokens: good['tokens'] * self._dtype.itemsize, rows: good['documents'] * ROW.itemsize}
-    if any(os.fstat(file.fileno()).st_size < size for file, size in sizes.items()):
-      sizes, good = dict.fromkeys(sizes, 0), {**NOTHING, 'digest': ''}
-    for file, size in sizes.items():
-      file.truncate(size)
-    return good
+    for kind, file in self._files.items():
+      if os.fstat(file.fileno()).st_size < good[kind] * self._sizes[kind]:
+        good = NOTHING
+    for kind, file in self._files.items():
+      file.truncate(good[kind] * self._sizes[kind])
+    return dict(good)
 
-  def _append(
-    self,
-    texts: list[str],
-    starts: list[int],
-    count: dict[str, int],
-    tokens: BinaryIO,
-    rows: BinaryIO,
-  ) -> None:
-    bos = np.array([self._tokenizer.bos], self._dtype)
-    parts, begun = [], []
-    for ids, start in zip(self._tokenizer.encode_batch(texts), starts, strict=True):
-      if start >= 0:
-        begun.append((count['tokens'], start))
-        parts.append(bos)
-      parts.append(ids)
-      count['tokens'] += len(ids) + (start >= 0)
-    count['documents'] += len(begun)
-    tokens.write(np.concatenate(parts, dtype=self._dtype, casting='unsafe').tobytes())
-    rows.write(np.array(begun, np.dtype('<u8')).tobytes())
-    for file in (tokens, rows):
-      file.flush()
-      os.fsync(file.fileno())
-
-  def _write(self, done: dict[str, Any], tokens: BinaryIO, rows: BinaryIO) -> dict[str, Any]:
+  def _read(self, writer: futures.Executor) -> dict[str, Any]:
+    """Reads all of the text and has made what isn't done yet."""
+    done = dict(self._done)
     total = Digest()
-    count = dict(NOTHING)
-    seen = array.array('q')
-    texts: list[str] = []
-    starts: list[int] = []  # of each of them the bytes of the document it begins, or -1
+    count = {'pieces': 0, 'bytes': 0}
+    seen = array.array('q')  # of each document a hash
+    batch = _Batch([], [])
     waiting = 0
-    progress = _Progress(self._name, self._documents)
+    before = writer.submit(self._hash_done)
 
     def flush() -> None:
-      nonlocal waiting
-      if count['pieces'] > done['pieces'] and texts:
-        self._append(texts, starts, count, tokens, rows)
-        with files.append(self._journal) as journal:
-          journal.write(json.dumps({**count, 'digest': total.hexdigest()}) + '\n')
-      texts.clear()
-      starts.clear()
+      nonlocal batch, before, waiting
+      if batch.parts:
+        before.result()
+        before = writer.submit(self._append, batch, {**count, 'digest': total.hexdigest()})
+        batch = _Batch([], [])
       waiting = 0
-      progress.show(count['bytes'])
       if self._stopping():
-        raise Stopped
+        raise signals.Stopped
 
-    for raw in self._documents:
-      total.begin(len(raw))
-      identity = 0
-      for place, text in enumerate(pieces(raw)):
-        encoded = text.encode()
-        total.add(encoded)
-        identity = hash((identity, text))
+    with contextlib.closing(self._documents.parts(f'tokens of {self._name}')) as parts:
+      for size, part in parts:
+        if size >= 0:
+          total.begin(size)
+          seen.append(0)
+        total.add(part)
+        seen[-1] = hash((seen[-1], part))
         count['pieces'] += 1
-        count['bytes'] += len(encoded)
-        texts.append(text)
-        starts.append(-1 if place else len(raw))
-        waiting += len(encoded)
-        if count['pieces'] == done['pieces']:
-          if total.hexdigest() != done['digest']:
-            raise _Changed
-          count.update({name: done[name] for name in ('documents', 'tokens')})
-          texts.clear()
-          starts.clear()
-          waiting = 0
-        elif waiting >= BATCH:
+        count['bytes'] += len(part)
+        if count['pieces'] > done['pieces']:
+          batch.parts.append(part)
+          batch.sizes.append(size)
+        elif count['pieces'] == done['pieces'] and total.hexdigest() != done['digest']:
+          raise _Changed
+        waiting += len(part)
+        if waiting >= BATCH:
           flush()
-      seen.append(identity)
-    if count['pieces'] < done['pieces']:
-      raise _Changed
-    flush()
-    progress.close()
-    return {**count, 'digest': total.hexdigest(), 'seen': np.array(seen)}
+      if count['pieces'] < done['pieces']:
+        raise _Changed
+      flush()
+      before.result()
+    hashes = {kind: found.hexdigest() for kind, found in self._sums.items()}
+    return {**self._done, 'seen': np.array(seen), 'sha256': hashes}
+
+  def _hash_done(self) -> None:
+    self._sums = {kind: hashlib.sha256() for kind in KINDS}
+    for kind, path in self._paths.items():
+      with open(path, 'rb') as file:
+        while block := file.read(BATCH):
+          self._sums[kind].update(block)
+
+  def _append(self, batch: '_Batch', read: dict[str, Any]) -> None:
+    """Writes the tokens of a batch, and then into the journal that they are there."""
+    tokens, starts = tokens_of(batch.parts, batch.sizes, self._tokenizer)
+    rows = np.empty(len(starts), ROW)
+    rows['token'] = np.array(starts, np.uint64) + np.uint64(self._done['tokens'])
+    rows['bytes'] = [size for size in batch.sizes if size >= 0]
+    for kind, written in (('tokens', tokens), ('documents', rows)):
+      file, raw = self._files[kind], written.tobytes()
+      file.write(raw)
+      self._sums[kind].update(raw)
+      file.flush()
+      os.fsync(file.fileno())
+      self._done[kind] += len(written)
+    self._done.update(read)
+    with files.append(self._journal) as journal:
+      journal.write(json.dumps(self._done) + '\n')
 
 
-class _Progress:
-  """How far a split is: a bar on a terminal, elsewhere a line now and then; at first nothing."""
+class _Batch(NamedTuple):
+  """Parts of documents that are tokenized together, as documents.parts() has them."""
 
-  def __init__(self, name: str, documents: Documents):
-    self._name, self._documents = name, documents
-    self._began = self._told = time.monotonic()
-    self._bar: tqdm | None = None
-
-  def show(self, nbytes: int) -> None:
-    """`nbytes` of text are behind."""
-    now, size = time.monotonic(), max(self._documents.nbytes, 1)
-    if now - self._began < QUIET:
-      return
-    at = min(self._documents.consumed or nbytes, size)
-    if sys.stderr.isatty():
-      if self._bar is None:
-        what = {'desc': f'tokens of {self._name}', 'unit': 'B', 'unit_scale': True}
-        self._bar = tqdm(total=size, dynamic_ncols=True, **what)
-        self._bar.start_t -= now - self._began
-      self._bar.update(at - self._bar.n)
-    elif now - self._told > BETWEEN or self._told == self._began:
-      self._told = now
-      left = terminal.clock((now - self._began) * (size - at) / max(at, 1))
-      speed = nbytes / 1e6 / (now - self._began)
-      print(
-        f'tokens of {self._name}: {100 * at / size:.0f} %, {speed:.1f} MB/s of text, about '
-        f'{left} left',
-        file=sys.stderr,
-        flush=True,
-      )
-
-  def close(self) -> None:
-    if self._bar is not None:
-      self._bar.close()
+  parts: list[Raw]
+  sizes: list[int]
 
 
 class _Changed(Exception):
   """The text is not that of which the journal tells."""
 
 
-def _write_manifest(
-  folder: Path, splits: dict[str, dict[str, Any]], tokenizer: Tokenizer, extra: list[str]
-) -> None:
-  names = [f'{split}.{kind}' for split in SPLITS for kind in ('tokens', 'documents')] + extra
+def _write_manifest(folder: Path, splits: dict[str, dict[str, Any]], tokenizer: Tokenizer) -> None:
+  hashes = {
+    f'{split}.{kind}': found
+    for split, made in splits.items()
+    for kind, found in made.pop('sha256').items()
+  }
+  if (folder / bpe.KEPT).exists():
+    hashes[bpe.KEPT] = _hash(folder / bpe.KEPT)
   noted = {}
-  for name in names:
+  for name, sha256 in hashes.items():
     found = (folder / name).stat()
-    noted[name] = {
-      'bytes': found.st_size,
-      'time': found.st_mtime_ns,
-      'sha256': _hash(folder / name),
-    }
+    noted[name] = {'bytes': found.st_size, 'time': found.st_mtime_ns, 'sha256': sha256}
   train, validation = (splits[split].pop('seen') for split in SPLITS)
   manifest = {
     'format': FORMAT,

@@ -17,11 +17,11 @@ from tokenizers import (
   trainers,
 )
 
-from mla import workdir
-from mla.data import tokenizers
+from mla import dry_run, memory, workdir
+from mla.data import documents, tokenizers
 from mla.data.hugging_face import HuggingFaceTokenizer
-from mla.data.pipeline import load_run_data
-from mla.data.tokenizers import make_tokenizer
+from mla.data.pipeline import load_run_data, make_stream
+from mla.data.tokenizers import ready
 from mla.errors import UserError
 
 
@@ -81,6 +81,30 @@ def test_it_encodes_as_the_library_and_loses_nothing(made):
   assert len(ours.encode('')) == 0
 
 
+def test_what_is_set_before_a_text_is_set_once_a_document(made, monkeypatch):
+  kind, path = made
+  ours = HuggingFaceTokenizer(path)
+  text = b'a be  cab\n\n be a\n abc'
+  for size in range(2, len(text)):
+    monkeypatch.setattr(documents, 'PIECE', size)
+    ids = make_stream([text, b'a'], ours)
+    assert ours.byte_lengths[ids].sum() == len(text) + 1
+    first = ids[1 : np.flatnonzero(ids == ours.bos)[1]]
+    assert ours.decode(first.astype(np.int32)) == text.decode()
+
+
+@pytest.mark.parametrize('scheme', ['always', 'first'])
+def test_metaspace_is_left_out_in_the_midst_too(tmp_path, monkeypatch, scheme):
+  made = sentence_piece()
+  made.normalizer = normalizers.Sequence([])
+  made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+  made.save(str(tmp_path / 'tokenizer.json'))
+  ours = HuggingFaceTokenizer(tmp_path)
+  monkeypatch.setattr(documents, 'PIECE', 4)
+  ids = make_stream([b'abe cab\nbe'], ours)
+  assert ours.decode(ids[1:].astype(np.int32)) == 'abe cab\nbe'
+
+
 def test_bos_is_its_own_start_or_a_usual_name_or_a_new_one(tmp_path):
   kinds = {'<s>': sentence_piece(), '<|endoftext|>': byte_level(), None: byte_level('<odd>')}
   for name, made in kinds.items():
@@ -116,13 +140,23 @@ def test_its_content_tells_it_apart_and_its_place_does_not(tmp_path):
   for folder in (one, two):
     folder.mkdir()
     byte_level().save(str(folder / 'tokenizer.json'))
-  first, second = (make_tokenizer(f'hf:{folder}', [], tmp_path) for folder in (one, two))
+  first, second = (ready(f'hf:{folder}') for folder in (one, two))
   assert first.digest == second.digest
   (two / 'tokenizer.json').write_text((two / 'tokenizer.json').read_text() + ' ')
-  assert make_tokenizer(f'hf:{two}', [], tmp_path).digest != first.digest
+  assert ready(f'hf:{two}').digest != first.digest
   here, there = (tiny_config(data__tokenizer=f'hf:{folder}') for folder in (one, two))
   assert workdir.difference(here, there)[0] == ''
   assert workdir.difference(here, tiny_config())[0] == 'data.tokenizer'
+
+
+def test_its_vocabulary_counts_before_any_text_is_read(tmp_path):
+  byte_level().save(str(tmp_path / 'tokenizer.json'))
+  config = tiny_config(data__tokenizer=f'hf:{tmp_path}')
+  assert memory.vocabulary(config) == HuggingFaceTokenizer(tmp_path).vocab_size
+  missing = tiny_config(data__tokenizer=f'hf:{tmp_path}/none')
+  assert memory.vocabulary(missing) == 1
+  with pytest.raises(UserError, match='none: is missing; name a tokenizer.json'):
+    dry_run.measure(missing, dry_run.find(None, None, None), context=1)
 
 
 def test_a_run_reads_with_the_tokenizer_it_keeps(text, tmp_path):

@@ -1,16 +1,13 @@
-import os
 import random
-import resource
-import shutil
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import break_as, plain_user
+import sentencepiece
+from conftest import break_as
 
-from mla.data.tokenizers import make_tokenizer
-from mla.errors import MachineError, UserError
+from mla.data import bpe
+from mla.data.tokenizers import ready, train
+from mla.errors import UserError
 
 TEXT = [
   'The president spoke to the congress of the several states about peace and commerce.\n' * 30,
@@ -32,6 +29,10 @@ NASTY = [
 ]
 
 
+def make(spec: str):
+  return ready(spec) or train(spec, RAW)
+
+
 def random_texts():
   draw = random.Random(0)
   points = [p for p in range(0x3000) if not 0xD800 <= p < 0xE000] + list(range(0x1F300, 0x1F600))
@@ -39,8 +40,8 @@ def random_texts():
 
 
 @pytest.fixture(scope='module', params=['bytes', 'bpe:400'])
-def tokenizer(request, tmp_path_factory):
-  return make_tokenizer(request.param, RAW, tmp_path_factory.mktemp('tokenizers'))
+def tokenizer(request):
+  return make(request.param)
 
 
 def test_round_trip_is_lossless(tokenizer):
@@ -60,73 +61,56 @@ def test_ids_and_bos_are_in_the_vocabulary(tokenizer):
   assert tokenizer.decode(np.array([tokenizer.bos, *tokenizer.encode('x')])) == 'x'
 
 
-def test_bpe_has_the_asked_size_and_compresses(tmp_path):
-  tokenizer = make_tokenizer('bpe:400', RAW, tmp_path)
+def test_bpe_has_the_asked_size_and_compresses():
+  tokenizer = train('bpe:400', RAW)
   assert tokenizer.vocab_size == 400
   assert len(tokenizer.encode(TEXT[0])) < len(TEXT[0]) / 3
 
 
-def test_bpe_is_trained_once_and_again_if_its_file_is_broken(tmp_path):
-  first = make_tokenizer('bpe:400', RAW, tmp_path)
-  (path,) = tmp_path.iterdir()
-  written = path.stat().st_mtime_ns
-  assert make_tokenizer('bpe:400', RAW, tmp_path).digest == first.digest
-  assert path.stat().st_mtime_ns == written
-  path.write_bytes(b'broken')
-  assert make_tokenizer('bpe:400', RAW, tmp_path).digest == first.digest
-  make_tokenizer('bpe:400', [*RAW, b'another text'], tmp_path)
-  assert len(list(tmp_path.iterdir())) == 2
+def test_bpe_is_the_same_every_time():
+  first = train('bpe:400', RAW)
+  assert train('bpe:400', RAW).digest == first.digest
+  assert train('bpe:400', [*RAW, b'another text']).digest != first.digest
+
+
+def test_words_one_by_one_are_what_sentencepiece_makes_of_the_whole():
+  """But for its own sign of a space, which it takes for one."""
+  tokenizer = train('bpe:400', RAW)
+  theirs = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+  for text in NASTY + random_texts() + TEXT:
+    text = text.replace('\u2581', '_')
+    assert tokenizer.encode(text).tolist() == theirs.encode(text)
+
+
+def test_words_are_forgotten_and_encoded_again(monkeypatch):
+  tokenizer = train('bpe:400', RAW)
+  before = [tokenizer.encode(text).tolist() for text in TEXT]
+  monkeypatch.setattr(bpe, 'WORDS', 3)
+  assert [tokenizer.encode(text).tolist() for text in TEXT] == before
+
+
+def test_of_a_large_text_a_bounded_sample_is_drawn_from_all_of_it(monkeypatch):
+  monkeypatch.setattr(bpe, 'BLOCK', 10)
+  parts = [f'{n:09d} '.encode() for n in range(1000)]
+  before = bpe.identity(400)
+  for sample, most in ((10_000, 1000), (9_999, 999), (500, 50)):
+    monkeypatch.setattr(bpe, 'SAMPLE', sample)
+    drawn = bpe._sample(iter(parts), lambda: False)
+    assert len(drawn) == most and drawn == sorted(set(drawn))
+    assert 300 < np.mean([int(text) for text in drawn]) < 700  # sigma of 50: 41
+  assert bpe.identity(400) != before
 
 
 @pytest.mark.parametrize('spec', ['', 'words', 'bpe', 'bpe:', 'bpe:abc', 'bpe:10', 'bpe:900000'])
-def test_a_bad_spec_is_one_line(tmp_path, spec):
+def test_a_bad_spec_is_one_line(spec):
   with pytest.raises(UserError, match='data.tokenizer=') as caught:
-    make_tokenizer(spec, RAW, tmp_path)
+    make(spec)
   assert '\n' not in str(caught.value)
 
 
-@pytest.fixture(scope='module')
-def kept(tmp_path_factory):
-  """A folder with a kept model, and the model's digest."""
-  folder = tmp_path_factory.mktemp('kept')
-  return folder, make_tokenizer('bpe:400', RAW, folder).digest
-
-
-@pytest.mark.parametrize('damage', [b'', b'null', b'\0' * 3000, 'torn', 'bit', 'pipe', 'link'])
-def test_a_damaged_kept_model_is_trained_again(kept, tmp_path, damage):
-  shutil.copytree(kept[0], tmp_path, dirs_exist_ok=True)
-  (path,) = tmp_path.iterdir()
-  whole = path.read_bytes()
-  break_as(path, damage)
-  (tmp_path / 'notes').write_text('ten years of work')
-  assert make_tokenizer('bpe:400', RAW, tmp_path).digest == kept[1]
-  assert path.read_bytes() == whole
-  assert {p.name for p in tmp_path.iterdir()} == {path.name, 'notes'}
-
-
-def test_a_folder_in_a_kept_models_place_is_left(kept, tmp_path, caplog):
-  shutil.copytree(kept[0], tmp_path, dirs_exist_ok=True)
-  (path,) = tmp_path.iterdir()
-  break_as(path, 'folder')
-  assert make_tokenizer('bpe:400', RAW, tmp_path).digest == kept[1]
-  assert path.is_dir() and len(list(tmp_path.iterdir())) == 1
-  assert 'cannot keep the tokenizer in' in caplog.text
-
-
-def test_where_nothing_can_be_kept_a_tokenizer_is_trained(kept, caplog):
-  with tempfile.TemporaryDirectory() as folder:
-    os.chmod(folder, 0o555)
-    with plain_user():
-      assert make_tokenizer('bpe:400', RAW, Path(folder) / 'in').digest == kept[1]
-  assert 'cannot keep the tokenizer in' in caplog.text and 'Permission denied' in caplog.text
-
-
-def test_a_full_disk_leaves_no_half_of_a_model(tmp_path):
-  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-  try:
-    with pytest.raises(MachineError, match='cannot keep the tokenizer in .*file size'):
-      make_tokenizer('bpe:400', RAW, tmp_path)
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-  assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize('damage', ['gone', b'', b'null', b'\0' * 3000, 'torn', 'bit', 'pipe'])
+def test_a_damaged_kept_model_is_none(tmp_path, damage):
+  tokenizer = bpe.keep(train('bpe:400', RAW), tmp_path)
+  assert bpe.kept(tmp_path).digest == tokenizer.digest
+  break_as(tmp_path / bpe.KEPT, damage)
+  assert bpe.kept(tmp_path) is None

@@ -9,7 +9,7 @@ from planted import WORDS
 
 from mla.convert import vocabulary
 from mla.data.hugging_face import HuggingFaceTokenizer
-from mla.data.tokenizers import ByteTokenizer, make_tokenizer
+from mla.data.tokenizers import ByteTokenizer, ready, train
 
 TEXTS = [
   WORDS,
@@ -44,7 +44,8 @@ def tokenizer(request, text, tmp_path):
     )
     described.train_from_iterator([text.read_text(), WORDS], trainer)
     return write(described.to_str(), tmp_path / 'own')
-  return make_tokenizer(request.param, [text.read_bytes(), (WORDS * 20).encode()], tmp_path)
+  parts = [text.read_bytes(), (WORDS * 20).encode()]
+  return ready(request.param) or train(request.param, parts)
 
 
 def test_the_same_tokens(tokenizer, tmp_path):
