@@ -47,7 +47,7 @@ def measure(args):
   data = load_data(run.config)
   windows = eval_windows(data.validation, seq_len=args.window, max_tokens=args.tokens)
   calibration = eval_windows(data.train, seq_len=512, max_tokens=compress.CALIBRATION)
-  covariances = compress.input_covariances(run.model, calibration.tokens[:, :-1])
+  observed = compress.observe(run.model, calibration.tokens[:, :-1])
   mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1})
 
   def read(model, method: str, latent: int | None, rope: int | None, dtypes):
@@ -62,12 +62,12 @@ def measure(args):
 
   yield from read(run.model, 'source', None, None, DTYPES)
   for rope in map(int, args.rope_dims.split(',')):
-    full = compress.full_rank(run.config)
-    whole = compress.convert(run.config, run.model, covariances, full, rope, 'svd')[1]
+    full = compress.full_rank(run.config, rope)
+    whole = compress.convert(run.config, run.model, observed, full, rope, 'svd')[1]
     yield from read(whole, 'rotary only', full, rope, DTYPES[:1])
     for size in map(int, args.sizes.split(',')):
       for method in compress.METHODS:
-        model = compress.convert(run.config, run.model, covariances, size, rope, method)[1]
+        model = compress.convert(run.config, run.model, observed, size, rope, method)[1]
         yield from read(model, method, size, rope, DTYPES if method == 'whitened' else DTYPES[:1])
 
 

@@ -59,6 +59,14 @@ class GroupedAttention(nnx.Module):
     )
     return project(out, self.w_o, inputs=2)
 
+  def logits(
+    self, x: Float[Array, 'B T D'], entries: dict[str, Array], positions: Positions
+  ) -> Float[Array, 'B H T T']:
+    """What softmax sees, of all pairs, later tokens among them (mla/convert/compress.py)."""
+    q = self._rotate(project(x, self.w_q), positions)
+    k = entries['k'].repeat(q.shape[2] // entries['k'].shape[2], axis=2)
+    return self.scale * jnp.einsum('bthn,bshn->bhts', q, k)
+
   def _rotate(self, heads: Array, positions: Positions) -> Array:
     if self.rotated == heads.shape[-1]:
       return rope(heads, positions, self.rotation)

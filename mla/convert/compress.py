@@ -4,9 +4,12 @@ Keys and values are linear in a layer's normed input x, so a latent of their joi
 back exactly. Rotation stands in the way: MLA turns one key of R dims that all heads share. Written
 as complex numbers z_g = (a + ib)_g, one a pair of dims and key head g, keys turn by a common factor
 at each frequency. There the R/2 kept frequencies keep their strongest combination over the heads,
-s = u^H z (the first eigenvector of E[z z^H], as TransMLA does it, arXiv 2502.07864): it turns as z
-does. What is left of them, z - u s, and the other frequencies stay, but are no longer turned: that
-is the rotary loss, which no rank mends. A model of one key head whose R is all that turns has none.
+s = u^H z (an eigenvector of E[z z^H], as TransMLA does it, arXiv 2502.07864, heads weighted by what
+their queries would lose): it turns as z does. What is left of them, z - u s, and the other
+frequencies stay, but are no longer turned: that is the rotary loss, which no rank mends. Instead of
+e^(-i w d) at distance d they are multiplied by its mean over the distances that the query head
+looks at, the constant nearest to it: none where they would turn many times. A model of one key head
+whose R is all that turns loses nothing.
 
 Then M x, all heads' position-free keys and values, is made of a latent of C dims, M ~ U E:
   svd         of M as it is
@@ -22,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Complex, Float, Int
 from ml_collections import ConfigDict
 
 from mla import config as config_lib
@@ -77,7 +80,7 @@ def compress(
   width = min(source.seq_len, WINDOW)
   held_out = eval_windows(data.validation, seq_len=width, max_tokens=REPORTED)
   calibration = eval_windows(data.train, seq_len=width, max_tokens=CALIBRATION).tokens[:, :-1]
-  covariances = input_covariances(run.model, calibration)
+  observed = observe(run.model, calibration)
   report: dict[str, Any] = {
     'source': str(workdir),
     'method': method,
@@ -85,9 +88,9 @@ def compress(
     'rope_dim': rope_dim,
     'loss': {'source': _loss(run.model, held_out)},
   }
-  config, whole = convert(source, run.model, covariances, full, rope_dim, 'svd')
+  config, whole = convert(source, run.model, observed, full, rope_dim, 'svd')
   report['loss']['rotary_only'] = _loss(whole, held_out)
-  config, model = convert(source, run.model, covariances, latent_dim, rope_dim, method)
+  config, model = convert(source, run.model, observed, latent_dim, rope_dim, method)
   report['loss']['compressed'] = _loss(model, held_out)
   with draft_of(out, 'out') as draft:
     tokenizers.save(run.tokenizer, draft)
@@ -104,10 +107,11 @@ def compress(
   return report
 
 
-def full_rank(config: ConfigDict) -> int:
-  """The latent's width at which nothing is lost by the rank."""
+def full_rank(config: ConfigDict, rope_dim: int) -> int:
+  """The latent's width at which nothing is lost by the rank: all heads' keys and values, of whose
+  rope_dim turning dims one head's worth stands beside the latent."""
   values = config.value_head_dim or config.head_dim
-  return min(config.d_model, key_heads(config) * (config.head_dim + values))
+  return min(config.d_model, key_heads(config) * (config.head_dim + values) - rope_dim)
 
 
 def _check(config: ConfigDict, latent_dim: int, rope_dim: int, method: str) -> int:
@@ -123,7 +127,7 @@ def _check(config: ConfigDict, latent_dim: int, rope_dim: int, method: str) -> i
     raise UserError(
       f'--rope_dim={rope_dim}: must be even and divide {turned}, what the model turns of a head'
     )
-  full = full_rank(config)
+  full = full_rank(config, rope_dim)
   if not 0 < latent_dim <= full:
     raise UserError(
       f'--latent_dim={latent_dim}: must be at least 1 and at most {full}, the rank of the keys and '
@@ -132,34 +136,50 @@ def _check(config: ConfigDict, latent_dim: int, rope_dim: int, method: str) -> i
   return full
 
 
-def input_covariances(
-  model: model_lib.Decoder, tokens: Int[np.ndarray, 'W T']
-) -> Float[np.ndarray, 'L D D']:
-  """E[x x^T] of each layer's normed input, uncentred, over the windows."""
+class Observed(NamedTuple):
+  """What a model does with calibration text, by layer."""
+
+  covariances: Float[np.ndarray, 'L D D']  # E[x x^T] of the normed inputs, uncentred
+  # E[e^(-i w d)] of each head and pair of dims that turns, w its frequency, over the distances d
+  # that the head attends to: the constant that is nearest to the turning.
+  still: Complex[np.ndarray, 'L H half']
+
+
+def observe(model: model_lib.Decoder, tokens: Int[np.ndarray, 'W T']) -> Observed:
+  """Of an MHA, GQA or MQA model, over the windows."""
+  turned = model.blocks.attention.rotated
+  frequencies = model.blocks.attention.rotation.frequencies(turned // 2)
+  seen = np.tril(np.ones((tokens.shape[1],) * 2, bool))
+  turns = np.exp(1j * np.outer(np.arange(tokens.shape[1]), frequencies)).astype(np.complex64)
 
   @jax.jit
-  def collect(model: model_lib.Decoder, tokens: Int[Array, 'B T']) -> Float[Array, 'L D D']:
+  def collect(model: model_lib.Decoder, tokens: Int[Array, 'B T']) -> tuple[Array, Array]:
     positions = np.arange(tokens.shape[1])[None]
     graphdef, stacked = nnx.split(model.blocks)
 
     def block(x, leaves):
       layer = nnx.merge(graphdef, leaves)
-      h = layer.attention_norm(x).astype(jnp.float32)
-      return layer.parallel(x, positions)[0], jnp.einsum('btd,bte->de', h, h)
+      h = layer.attention_norm(x)
+      x, entries = layer.parallel(x, positions)
+      logits = layer.attention.logits(h, entries, positions).astype(jnp.float32)
+      maps = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+      still = jnp.einsum('bhts,tp,sp->hp', maps, turns.conj(), turns)
+      h = h.astype(jnp.float32)
+      return x, (jnp.einsum('btd,bte->de', h, h), still)
 
     return jax.lax.scan(block, model.embed(tokens), stacked)[1]
 
-  total = sum(
-    np.asarray(collect(model, jnp.asarray(tokens[i : i + 4])), np.float64)
-    for i in range(0, len(tokens), 4)
-  )
-  return np.asarray(total) / tokens.size
+  sums: list = [0.0, 0.0]
+  for start in range(0, len(tokens), 4):
+    for place, part in enumerate(collect(model, jnp.asarray(tokens[start : start + 4]))):
+      sums[place] += np.asarray(part, np.complex128 if place else np.float64)
+  return Observed(*(total / tokens.size for total in sums))
 
 
 def convert(
   source: ConfigDict,
   model: model_lib.Decoder,
-  covariances: Float[np.ndarray, 'L D D'],
+  observed: Observed,
   latent_dim: int,
   rope_dim: int,
   method: str,
@@ -184,12 +204,13 @@ def convert(
     factorise(
       **{n: np.asarray(own[f'blocks/attention/{n}/value'][i], np.float64) for n in WEIGHTS},
       covariance=covariance,
+      still=still,
       turned=source.rope_dim or source.head_dim,
       latent_dim=latent_dim,
       rope_dim=rope_dim,
       method=method,
     )
-    for i, covariance in enumerate(covariances)
+    for i, (covariance, still) in enumerate(zip(*observed, strict=True))
   ]
   new = {
     f'blocks/attention/{name}/value': np.stack([getattr(layer, name) for layer in layers])
@@ -213,6 +234,7 @@ def factorise(
   w_v: Float[np.ndarray, 'D K V'],
   w_o: Float[np.ndarray, 'H V D'],
   covariance: Float[np.ndarray, 'D D'],
+  still: Complex[np.ndarray, 'H half'],
   turned: int,
   latent_dim: int,
   rope_dim: int,
@@ -220,30 +242,47 @@ def factorise(
 ) -> Factors:
   """One layer; the first `turned` dims of a head rotate, pair i being dims i and i + turned/2."""
   D, H, N = w_q.shape
-  K, V, group = w_k.shape[1], w_v.shape[2], H // w_k.shape[1]
-  half = turned // 2
+  K, V = w_k.shape[1], w_v.shape[2]
+  group, half = H // K, turned // 2
+  z = w_k[:, :, :half] + 1j * w_k[:, :, half:turned]  # D K half
+  q = w_q[:, :, :half] + 1j * w_q[:, :, half:turned]  # D H half
   # MLA's frequencies base^(-2j/R) are every (turned/R)-th of the model's.
   pairs = np.arange(0, half, turned // rope_dim)
-  z = w_k[:, :, pairs] + 1j * w_k[:, :, pairs + half]  # D K R/2
-  q = w_q[:, :, pairs] + 1j * w_q[:, :, pairs + half]
-  shared, rest = np.empty((D, len(pairs)), complex), np.empty_like(z)
-  q_rope = np.empty_like(q)
-  for j in range(len(pairs)):
-    heads = z[:, :, j]
-    _, vectors = np.linalg.eigh(heads.T @ covariance @ heads.conj())
-    u = vectors[:, -1]  # K
+  shared, q_rope = np.empty((D, len(pairs)), complex), np.empty((D, H, len(pairs)), complex)
+  weights = _weights(q, covariance, still, K)
+  rest = z.copy()
+  for j, pair in enumerate(pairs):
+    heads = z[:, :, pair] * weights[:, pair]
+    u = np.linalg.eigh(heads.T @ covariance @ heads.conj())[1][:, -1]  # K
     shared[:, j] = heads @ u.conj()
-    rest[:, :, j] = heads - shared[:, j, None] * u
-    q_rope[:, :, j] = q[:, :, j] * np.repeat(u.conj(), group)
-  still = w_k.copy()
-  still[:, :, pairs], still[:, :, pairs + half] = rest.real, rest.imag
-  down, up = _joint(w_q, still, w_v, w_o, covariance, latent_dim, method)
+    u = u / weights[:, pair]
+    rest[:, :, pair] -= shared[:, j, None] * u
+    q_rope[:, :, j] = q[:, :, pair] * np.repeat(u.conj(), group)
+  # What no longer turns stands as it does on average where its query heads look; keys that hardly
+  # stand at all become small, so that no rank is spent on them.
+  size = np.sqrt((abs(still) ** 2).reshape(K, group, half).mean(1)) + RIDGE
+  rest *= size
+  q = q * still.conj() / np.repeat(size, group, axis=0)
+  w_k, w_q = w_k.copy(), w_q.copy()
+  w_k[:, :, :half], w_k[:, :, half:turned] = rest.real, rest.imag
+  w_q[:, :, :half], w_q[:, :, half:turned] = q.real, q.imag
+  down, up = _joint(w_q, w_k, w_v, w_o, covariance, latent_dim, method)
   up = up.reshape(latent_dim, K, N + V).repeat(group, axis=1)
   # Ours divides by sqrt(N + R) what was divided by sqrt(N).
   w_q = np.concatenate([w_q, q_rope.real, q_rope.imag], axis=-1) * np.sqrt((N + rope_dim) / N)
   return Factors(
     w_q, down, np.concatenate([shared.real, shared.imag], axis=-1), up[..., :N], up[..., N:]
   )
+
+
+def _weights(q, covariance, still, heads: int) -> np.ndarray:
+  """[K, half]: what it costs a key head's pair no longer to turn, the root of: its queries' energy
+  times how much of the turning no constant has."""
+  energy = np.einsum('dhp,de,ehp->hp', q.conj(), covariance, q).real
+  lost = energy * np.maximum(1 - abs(still) ** 2, 0)
+  weights = np.sqrt(lost.reshape(heads, -1, lost.shape[-1]).sum(1))
+  most = weights.max(axis=0)
+  return np.where(most > 0, np.maximum(weights, RIDGE * most), 1)
 
 
 def _joint(
