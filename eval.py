@@ -25,6 +25,9 @@ LATENT_DIM = flags.DEFINE_integer(
   None,
   'of a nested latent so many dims; each of its widths, a row each, when not given',
 )
+LAYER_DIMS = flags.DEFINE_string(
+  'layer_dims', None, 'of a nested latent as many dims as stand here for each layer: 64,32,16,8'
+)
 JSON = flags.DEFINE_string('json', None, 'write the figures here')
 PLOT = flags.DEFINE_string('plot', None, 'draw perplexity against bytes per token here (.png)')
 
@@ -41,12 +44,17 @@ def main() -> None:
   workdirs = [paths.folder('workdir', given) for given in WORKDIRS.value]
   json_file, plot_file = paths.output('json', JSON.value, 'runs'), paths.picture('plot', PLOT.value)
   paths.distinct(json=json_file, plot=plot_file)
+  if LAYER_DIMS.value is not None and LATENT_DIM.value is not None:
+    raise UserError('--layer_dims: is in place of --latent_dim; give one of the two')
+  layers = evaluate.parse_layers(LAYER_DIMS.value) if LAYER_DIMS.value is not None else None
   backends.prepare(evaluate.BATCH)
   dtypes = list(dict.fromkeys(CACHE_DTYPE.value.split(',')))
   runs = [
     run
     for workdir in workdirs
-    for run in evaluate.evaluate_caches(workdir, dtypes, print, MAX_TOKENS.value, LATENT_DIM.value)
+    for run in evaluate.evaluate_caches(
+      workdir, dtypes, print, MAX_TOKENS.value, LATENT_DIM.value, layers
+    )
   ]
   print('\n' + tables.compare(runs))
   if json_file:

@@ -8,7 +8,7 @@ share one batch.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -60,8 +60,11 @@ class Cache:
     return held / (self.lengths.shape[0] * self.slots)
 
 
-def allocate(shapes: Shapes, *, num_layers: int, batch: int, slots: int, dtype: str) -> Cache:
-  """An empty cache of `slots` tokens for each of `batch` rows; dtype is one of DTYPES."""
+def allocate(shapes: Sequence[Shapes], *, batch: int, slots: int, dtype: str) -> Cache:
+  """An empty cache of `slots` tokens for each of `batch` rows; dtype is one of DTYPES.
+
+  `shapes` has what each layer keeps.
+  """
   if dtype not in DTYPES:
     raise ValueError(f'cache dtype must be one of {", ".join(DTYPES)}; got {dtype!r}')
 
@@ -70,7 +73,7 @@ def allocate(shapes: Shapes, *, num_layers: int, batch: int, slots: int, dtype: 
     scale = jnp.zeros((batch, *heads, slots), jnp.float32) if dtype == 'int8' else None
     return Stored(jnp.zeros((batch, *heads, slots, dims), dtype), scale)
 
-  layers = tuple({name: array(shape) for name, shape in shapes.items()} for _ in range(num_layers))
+  layers = tuple({name: array(shape) for name, shape in layer.items()} for layer in shapes)
   return Cache(layers, jnp.zeros(batch, jnp.int32))
 
 

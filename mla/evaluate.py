@@ -18,10 +18,13 @@ The protocol, so that anybody can repeat it:
 - kv_cache_bytes_per_token: nbytes of the arrays allocated for the windows over their token slots;
   kv_cache_bytes_per_token_per_device: of the part of them that one device holds.
 - loss_by_position: nats a target, by how many tokens of its window it sees: 1, 2 to 3, 4 to 7, ...
+- loss_by_bigram: nats a target, of those that stood earlier in their window behind the same token
+  ('seen'), where a cache can help beyond what text is like in general, and of the rest ('new').
 """
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +35,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from mla import backends, memory, sharding, terminal
@@ -41,6 +44,7 @@ from mla import config as config_lib
 from mla import model as model_lib
 from mla.attention import VARIANTS, nested
 from mla.checkpoint import Checkpoints
+from mla.cutting import cut_latent, cut_layers
 from mla.data.pipeline import EvalWindows, eval_windows, load_run_data
 from mla.errors import UserError
 from mla.workdir import read_config
@@ -57,6 +61,7 @@ class Reading(NamedTuple):
 
   by_window: Float[np.ndarray, ' W']
   by_position: Float[np.ndarray, ' T']
+  seen: float  # of the targets whose bigram stood earlier in the window
   bytes_per_token: float
   bytes_per_token_per_device: float
 
@@ -81,13 +86,15 @@ def evaluate_caches(
   say: Callable[[str], None] = lambda line: None,
   max_tokens: int | None = None,
   latent_dim: int | None = None,
+  layer_dims: Sequence[int] | None = None,
 ) -> list[dict]:
   """evaluate_run through a cache of each dtype; text and weights are read once.
 
-  A nested run's through one of each width, or of latent_dim alone; UserError if that is none of the
-  run's.
+  A nested run's through one of each width, or of latent_dim alone, or of layer_dims[i] in layer i;
+  UserError if those are none of the run's.
   """
-  return [figures for figures, _ in _scores(workdir, cache_dtypes, say, max_tokens, latent_dim)]
+  scores = _scores(workdir, cache_dtypes, say, max_tokens, latent_dim, layer_dims)
+  return [figures for figures, _ in scores]
 
 
 def score_run(
@@ -109,6 +116,7 @@ def _scores(
   say: Callable[[str], None],
   max_tokens: int | None,
   latent_dim: int | None = None,
+  layer_dims: Sequence[int] | None = None,
 ) -> Iterator[tuple[dict, Float[np.ndarray, ' W']]]:
   """score_run's for each dtype, and of a nested latent each width, the whole first."""
   for cache_dtype in cache_dtypes:
@@ -117,7 +125,9 @@ def _scores(
   if max_tokens is not None and max_tokens < 1:
     raise UserError(f'--max_tokens={max_tokens}: must be a positive number of tokens')
   config = read_config(workdir)
-  widths = latent_widths(workdir, config, latent_dim)
+  cuts: Sequence[int | tuple[int, ...] | None] = latent_widths(workdir, config, latent_dim)
+  if layer_dims is not None:
+    cuts = [check_layers(workdir, config, layer_dims)]
   widest = max(cache_dtypes, key=lambda dtype: jnp.dtype(dtype).itemsize)
   mesh = memory.reading_mesh(config, widest, batch=BATCH, chunk=CHUNK)
   memory.check_reading(config, widest, mesh, batch=BATCH + -BATCH % mesh.size, chunk=CHUNK)
@@ -126,15 +136,19 @@ def _scores(
   except UserError:  # it was for the devices that trained it
     config.attention_impl = 'auto'
   data = load_run_data(workdir, config)
-  cut = bool(nested.widths_of(config))
   whole, step = load_model(workdir, config, data.tokenizer.vocab_size, data.digest, mesh)
   windows = eval_windows(data.validation, seq_len=config.seq_len, max_tokens=max_tokens)
   targets = windows.mask.sum(axis=1)
+  seen = int(np.sum(bigrams_seen(windows.tokens) & windows.mask))
   text_bytes = np.sum(data.tokenizer.byte_lengths[windows.tokens[:, 1:]] * windows.mask)
-  for cache_dtype, width in itertools.product(cache_dtypes, widths):
-    model = model_lib.cut_latent(whole, config, width)[0] if cut and width else whole
+  for cache_dtype, cut in itertools.product(cache_dtypes, cuts):
+    model, layers = whole, None
+    if isinstance(cut, tuple):
+      model, layers = cut_layers(whole, config, cut), list(cut)
+    elif cut and nested.widths_of(config):
+      model = cut_latent(whole, config, cut)[0]
     total, body = model_lib.count_params(model)
-    latent = f', {width} of the latent' if len(widths) > 1 else ''
+    latent = f', {layers or cut} of the latent' if layers or len(cuts) > 1 else ''
     say(f'{workdir}: {windows.mask.sum():,} targets through a {cache_dtype} cache{latent}')
     read = read_through_cache(model, windows, cache_dtype, mesh)
     nll = read.by_window
@@ -142,7 +156,8 @@ def _scores(
       {
         'workdir': str(workdir),
         'attention': config.attention,
-        'latent_dim': width,
+        'latent_dim': None if layers else cut,
+        'layer_dims': layers,
         'params_total': total,
         'params_non_embedding': body,
         'step': step,
@@ -155,6 +170,7 @@ def _scores(
         'tokens_evaluated': int(targets.sum()),
         'data_digest': data.digest[:16],
         'loss_by_position': loss_by_position(read.by_position, windows.mask.sum(axis=0)),
+        'loss_by_bigram': loss_by_bigram(read, seen, int(targets.sum())),
       },
       nll,
     )
@@ -178,6 +194,27 @@ def latent_widths(
       'nested=8,16,32'
     )
   return (latent_dim,)
+
+
+def parse_layers(text: str) -> list[int]:
+  """The widths that --layer_dims=64,32,16,8 names; UserError if they are none."""
+  if not re.fullmatch(r'[0-9]{1,9}(,[0-9]{1,9})*', text):
+    raise UserError(f'--layer_dims={text}: write a width for each layer, such as 64,32,16,8')
+  return [int(width) for width in text.split(',')]
+
+
+def check_layers(workdir: Path, config: ConfigDict, dims: Sequence[int]) -> tuple[int, ...]:
+  """A width for each layer; UserError if one is none of the run's, or there are not as many."""
+  given = f'--layer_dims={",".join(map(str, dims))}'
+  if len(dims) != config.num_layers:
+    raise UserError(f'{given}: {workdir} has {config.num_layers} layers; give each a width')
+  widths = nested.widths_of(config)
+  if not set(dims) <= set(widths):
+    told = ', '.join(map(str, widths)) or 'none'
+    raise UserError(
+      f'{given}: {workdir} can be cut to {told}; a run that can is trained with nested=8,16,32'
+    )
+  return tuple(dims)
 
 
 def load_model(
@@ -217,7 +254,8 @@ def read_through_cache(
   if count < devices and length % devices == 0:
     batch = count
     model = nnx.merge(graphdef, params)
-    model.blocks.attention.impl = 'blockwise'  # which XLA can split along the slots
+    for attention in model.attentions():
+      attention.impl = 'blockwise'  # which XLA can split along the slots
     graphdef = nnx.graphdef(model)
 
   def empty():
@@ -229,7 +267,7 @@ def read_through_cache(
   rows = sharding.rows_sharding(mesh) if batch % devices == 0 else sharding.everywhere(mesh)
 
   score = make_score(graphdef, mesh, place, chunk)
-  by_window, by_position = [], np.zeros(length)
+  by_window, by_position, seen = [], np.zeros(length), 0.0
   progress = terminal.Progress(-(-count // batch), f'{cache_dtype} cache')
   for start in range(0, count, batch):
     tokens = windows.tokens[start : start + batch]
@@ -240,12 +278,14 @@ def read_through_cache(
     real = np.asarray(nll, np.float64)[: len(tokens)] * mask
     by_window.append(real.sum(axis=1))
     by_position += real.sum(axis=0)
+    seen += float(real[bigrams_seen(tokens)].sum())
     progress.move()
   progress.close()
   cache = cache_lib.Cache(layers, jnp.zeros(batch, jnp.int32))
   return Reading(
     np.concatenate(by_window),
     by_position,
+    seen,
     cache.bytes_per_token(),
     cache.bytes_per_token_per_device(),
   )
@@ -295,6 +335,25 @@ def loss_by_position(
       loss = float(nll[seen].sum() / count)
       found.append({'from': 2**power, 'to': last, 'loss': loss, 'targets': count})
   return found
+
+
+def bigrams_seen(tokens: Int[np.ndarray, 'B window']) -> Bool[np.ndarray, 'B T']:
+  """Of each target, whether it and the token before it stood so earlier in the window."""
+  seen = np.ones((len(tokens), tokens.shape[1] - 1), bool)
+  wide = tokens.astype(np.int64)
+  bigrams = wide[:, :-1] * (wide.max(initial=0) + 1) + wide[:, 1:]
+  for row, of_window in zip(seen, bigrams, strict=True):
+    row[np.unique(of_window, return_index=True)[1]] = False
+  return seen
+
+
+def loss_by_bigram(read: Reading, seen: int, targets: int) -> dict[str, dict[str, Any]]:
+  """The mean of the `seen` targets whose bigram stood earlier, and of the others; None of none."""
+  sums = {'seen': (read.seen, seen), 'new': (read.by_window.sum() - read.seen, targets - seen)}
+  return {
+    name: {'loss': float(nll / count) if count else None, 'targets': count}
+    for name, (nll, count) in sums.items()
+  }
 
 
 def bootstrap_perplexity(

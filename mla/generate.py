@@ -22,6 +22,7 @@ from mla import backends, memory, sharding
 from mla import cache as cache_lib
 from mla import model as model_lib
 from mla.attention import nested
+from mla.cutting import cut_latent
 from mla.data.pipeline import load_tokenizer
 from mla.data.tokenizers import Tokenizer
 from mla.errors import UserError
@@ -69,7 +70,7 @@ def load(workdir: Path, latent_dim: int | None = None) -> Run:
     workdir, config, tokenizer.vocab_size, None, mesh, tokenizer=tokenizer.digest
   )
   if width and nested.widths_of(config):
-    model, config = model_lib.cut_latent(model, config, width)
+    model, config = cut_latent(model, config, width)
   return Run(config, tokenizer, model, step)
 
 

@@ -9,6 +9,7 @@ generate  prefill, then decode in one compiled loop
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 
 from mla import cache as cache_lib
 from mla import remat
-from mla.attention import append, make_attention, nested
+from mla.attention import append, make_attention
 from mla.attention.rope import Positions
 from mla.backends import swiglu
 from mla.cache import Cache
@@ -120,6 +121,10 @@ class Decoder(nnx.Module):
     for index in range(self.num_layers):
       yield nnx.merge(graphdef, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
 
+  def attentions(self) -> list[Any]:
+    """A layer's attention each, for what it is and keeps; here they are all one."""
+    return [self.blocks.attention] * self.num_layers
+
 
 def _stack(config: ConfigDict, rngs: nnx.Rngs) -> Block:
   """All blocks as one, each weight with a leading L axis for the scan."""
@@ -180,10 +185,8 @@ def _parallel(
 
 def allocate_cache(model: Decoder, *, batch: int, slots: int, dtype: str) -> Cache:
   """An empty cache for this model; dtype is one of cache.DTYPES."""
-  shapes = model.blocks.attention.cache_shapes()
-  return cache_lib.allocate(
-    shapes, num_layers=model.num_layers, batch=batch, slots=slots, dtype=dtype
-  )
+  shapes = [attention.cache_shapes() for attention in model.attentions()]
+  return cache_lib.allocate(shapes, batch=batch, slots=slots, dtype=dtype)
 
 
 def prefill(
@@ -295,17 +298,6 @@ def sample(
     floor = jnp.min(jnp.where(before < top_p, ranked, jnp.inf), axis=-1, keepdims=True)
     logits = jnp.where(logits < floor, -jnp.inf, logits)
   return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
-
-
-def cut_latent(model: Decoder, config: ConfigDict, width: int) -> tuple[Decoder, ConfigDict]:
-  """The model whose latent is the first `width` dims of a nested one, and its config.
-
-  `width` is one of config.nested. Projections and cache are smaller arrays.
-  """
-  config = nested.prefix_config(config, width)
-  config.ffn_dim = model.blocks.ffn.w_gate.shape[-1]  # was solved for the whole, if at all
-  graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, model.vocab)))
-  return nnx.merge(graphdef, nested.prefix(nnx.state(model, nnx.Param), width)), config
 
 
 def count_params(model: Decoder) -> tuple[int, int]:

@@ -33,7 +33,7 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> str:
     rows.append((
       Path(run['workdir']).name,
       run['attention'],
-      str(run['latent_dim'] or '-'),
+      latent(run) or '-',
       f'{run["params_non_embedding"]:,}',
       str(run['step']),
       run['cache_dtype'],
@@ -50,6 +50,11 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> str:
     place = heads.index('on each device')
     table = [(*row[:place], *row[place + 1 :]) for row in table]
   return columns(table, words={0, 1, 5}, width=terminal.width())
+
+
+def latent(run: Mapping[str, Any]) -> str:
+  """The width of a run's latent, or those of its layers'; '' where there is none."""
+  return ','.join(map(str, run.get('layer_dims') or [run['latent_dim'] or '']))
 
 
 def columns(rows: Sequence[Sequence[str]], words: set[int], width: int | None = None) -> str:

@@ -16,7 +16,7 @@ def test_what_is_written_is_read_where_it_belongs(dtype):
     'k': jnp.asarray(rng.normal(size=(2, 4, 3, 5)), jnp.float32),
     'latent': jnp.asarray(rng.normal(size=(2, 4, 7)), jnp.float32),
   }
-  cache = cache_lib.allocate(SHAPES, num_layers=1, batch=2, slots=9, dtype=dtype)
+  cache = cache_lib.allocate([SHAPES], batch=2, slots=9, dtype=dtype)
   layer = append(cache.layers[0], entries, jnp.array([0, 5]))
   bound = {'float32': 0, 'bfloat16': 0.02, 'int8': 0.02}[dtype]
   for name, new in entries.items():
@@ -42,11 +42,11 @@ def test_int8_is_off_by_at_most_half_a_step_and_survives_zeros():
 
 def test_an_unknown_dtype_is_refused():
   with pytest.raises(ValueError, match='float32, bfloat16, int8'):
-    cache_lib.allocate(SHAPES, num_layers=1, batch=1, slots=1, dtype='float16')
+    cache_lib.allocate([SHAPES], batch=1, slots=1, dtype='float16')
 
 
 def test_a_donated_cache_is_written_in_place():
-  cache = cache_lib.allocate(SHAPES, num_layers=2, batch=2, slots=64, dtype='float32')
+  cache = cache_lib.allocate([SHAPES] * 2, batch=2, slots=64, dtype='float32')
   before = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache.layers)}
   new = {'k': jnp.ones((2, 1, 3, 5)), 'latent': jnp.ones((2, 1, 7))}
 

@@ -147,7 +147,7 @@ def test_absorbed_is_expanded(arm):
   positions = jnp.broadcast_to(jnp.arange(17), (2, 17))
   entries = attention.compress(x, positions)
   shapes = attention.cache_shapes()
-  (layer,) = cache_lib.allocate(shapes, num_layers=1, batch=2, slots=17, dtype='float32').layers
+  (layer,) = cache_lib.allocate([shapes], batch=2, slots=17, dtype='float32').layers
   layer = append(layer, entries, jnp.zeros(2, jnp.int32))
   absorbed = attention.attend_cached(x, layer, positions)
   expanded = attention.attend(x, entries, positions)

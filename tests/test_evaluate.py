@@ -21,9 +21,10 @@ from flax import nnx
 from mla import cache as cache_lib
 from mla import evaluate, generate, plots, sharding, tables
 from mla.backends import cpu
+from mla.cutting import cut_latent
 from mla.data.pipeline import eval_windows, load_data
 from mla.errors import UserError
-from mla.model import allocate_cache, cut_latent, forward, make_model
+from mla.model import allocate_cache, forward, make_model
 from mla.train import train_and_evaluate
 
 ROOT = Path(__file__).parent.parent

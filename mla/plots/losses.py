@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from mla import tables
 from mla.plots import labels, panels
 from mla.plots.panels import Point
 from mla.plots.styles import BAND, GREY, PALE, Number, names, one_line, share, spoken, styles
@@ -201,7 +202,7 @@ def _run_names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
   """'MLA C=32'; with the cache's dtype or the workdir's name where else two would read alike."""
   family = styles(run['attention'] for run in runs)
   told = [
-    family[run['attention']].label + (f' C={run["latent_dim"]}' if run['latent_dim'] else '')
+    family[run['attention']].label + (f' C={tables.latent(run)}' if tables.latent(run) else '')
     for run in runs
   ]
   if len({run['cache_dtype'] for run in runs}) > 1:

@@ -192,7 +192,10 @@ def _score(trial: Trial, workdir: Path) -> dict[str, Any]:
   """The line of a trial that is trained, without its speed."""
   figures, nll = score_run(workdir, CACHE_DTYPE, max_tokens=trial.config.data.eval_tokens)
   # The report's interval is over seeds, and which devices a trial met is no result.
-  left_out = 'workdir perplexity_ci95 loss_by_position kv_cache_bytes_per_token_per_device'.split()
+  left_out = {
+    *'workdir layer_dims perplexity_ci95 loss_by_position loss_by_bigram'.split(),
+    'kv_cache_bytes_per_token_per_device',
+  }
   figures = {name: value for name, value in figures.items() if name not in left_out}
   loss = float(nll.sum()) / figures['tokens_evaluated']
   if not math.isfinite(loss):

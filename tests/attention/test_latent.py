@@ -88,7 +88,7 @@ def test_expanded_is_the_paper(arm):
 def test_absorbed_one_token_at_a_time_is_the_paper(arm):
   config, attention, weights, x = build(arm)
   shapes = attention.cache_shapes()
-  (layer,) = cache_lib.allocate(shapes, num_layers=1, batch=1, slots=LENGTH, dtype='float32').layers
+  (layer,) = cache_lib.allocate([shapes], batch=1, slots=LENGTH, dtype='float32').layers
   outputs = []
   for t in range(LENGTH):
     token = jnp.asarray(x[None, t : t + 1], jnp.float32)

@@ -15,9 +15,10 @@ from mla import config as config_lib
 from mla import step as step_lib
 from mla.attention import nested
 from mla.attention.latent import LatentAttention
+from mla.cutting import cut_latent
 from mla.errors import UserError
 from mla.layers import project
-from mla.model import allocate_cache, cut_latent, decode, forward, make_model, states
+from mla.model import allocate_cache, decode, forward, make_model, states
 from mla.optimizer import make_optimizer
 
 VOCAB = 61

@@ -143,7 +143,7 @@ def test_an_int8_cache_needs_its_scales_and_no_other_has_any(impl):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8'])
 @pytest.mark.parametrize('impl', IMPLS)
 def test_a_row_without_room_keeps_what_it_has_and_the_others_are_written(impl, dtype):
-  layer = allocate({'k': (2, 8)}, num_layers=1, batch=2, slots=5, dtype=dtype).layers[0]
+  layer = allocate([{'k': (2, 8)}], batch=2, slots=5, dtype=dtype).layers[0]
   append = functools.partial(backends.append, impl=impl)
   full = append(layer['k'], draw(2, 5, 2, 8), jnp.zeros(2, jnp.int32))
   after = append(full, draw(2, 2, 2, 8), jnp.array([4, 3], jnp.int32))
@@ -243,7 +243,7 @@ def test_the_mesh_chooses_the_backend():
   """Here nothing but a CPU is found: what is compiled for a TPU must not call its C++."""
   axes, types = ('data', 'fsdp', 'tensor'), (AxisType.Auto,) * 3
   mesh = AbstractMesh((1, 1, 1), axes, axis_types=types, abstract_device=TPU)
-  x, layer = draw(2, 8, 4, 8), allocate({'k': (4, 8)}, num_layers=1, batch=2, slots=9, dtype='int8')
+  x, layer = draw(2, 8, 4, 8), allocate([{'k': (4, 8)}], batch=2, slots=9, dtype='int8')
 
   def run(x, stored):
     stored = backends.append(stored, x, jnp.zeros(2, jnp.int32))
