@@ -110,6 +110,13 @@ def score_run(
   return next(_scores(workdir, [cache_dtype], say, max_tokens))
 
 
+def score_widths(
+  workdir: Path, cache_dtype: str, max_tokens: int | None = None
+) -> list[tuple[dict, Float[np.ndarray, ' W']]]:
+  """score_run's, and behind it those of each narrower width of a nested latent."""
+  return list(_scores(workdir, [cache_dtype], lambda line: None, max_tokens))
+
+
 def _scores(
   workdir: Path,
   cache_dtypes: Sequence[str],

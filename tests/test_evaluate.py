@@ -391,3 +391,42 @@ def test_a_nested_run_writes_with_a_part_of_its_latent(trained):
   assert took.cache_bytes_per_token == 2 * (8 + 4)
   with pytest.raises(UserError, match='^--latent_dim=8: .* has none, gqa; '):
     generate.load(trained('gqa'), 8)
+
+
+def test_each_layer_can_have_a_width_of_its_own(trained, tmp_path):
+  workdir = trained('mla_nested')
+  (alone,) = evaluate.evaluate_caches(workdir, ['float32'], latent_dim=8)
+  (by_layer,) = evaluate.evaluate_caches(workdir, ['float32'], layer_dims=[8])
+  assert by_layer == {**alone, 'latent_dim': None, 'layer_dims': [8]}
+  assert '  8  ' in tables.compare([by_layer])
+  plots.save(plots.perplexity, tmp_path / 'plot.png', [by_layer])
+  for given, told in ([5], 'can be cut to 4, 8, 14'), ([8, 8], 'has 1 layers'):
+    with pytest.raises(UserError, match=f'^--layer_dims=.*: .* {told}'):
+      evaluate.evaluate_caches(workdir, ['float32'], layer_dims=given)
+  with pytest.raises(UserError, match='^--layer_dims=8: .* can be cut to none'):
+    evaluate.evaluate_caches(trained('mla'), ['float32'], layer_dims=[8])
+
+
+@pytest.mark.parametrize('text', ['', '8,', 'a', '8;4', '-8'])
+def test_layer_dims_are_widths(text):
+  with pytest.raises(UserError, match='^--layer_dims=.*: write a width for each layer'):
+    evaluate.parse_layers(text)
+  assert evaluate.parse_layers('64,8') == [64, 8]
+
+
+def test_the_loss_is_split_by_whether_a_bigram_stood_before(trained):
+  """Against the text, target by target: does its pair stand in the window before it?"""
+  config = evaluate.read_config(trained('mla'))
+  nll, _, _ = read_by_hand(trained('mla'))
+  run = evaluate.evaluate_run(trained('mla'), 'float32')
+  stream, length = load_data(config).validation.tokens, config.seq_len
+  groups: dict[str, list[float]] = {'seen': [], 'new': []}
+  for target in range(1, len(stream)):
+    start = (target - 1) // length * length
+    pair = (stream[target - 1], stream[target])
+    before = [(stream[i], stream[i + 1]) for i in range(start, target - 1)]
+    groups['seen' if pair in before else 'new'].append(nll[target - 1])
+  for name, losses in groups.items():
+    found = run['loss_by_bigram'][name]
+    assert found['targets'] == len(losses) > 100
+    assert found['loss'] == pytest.approx(np.mean(losses), rel=1e-4)

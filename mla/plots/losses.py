@@ -91,16 +91,22 @@ def latent_knob(figure: Figure, summary: Mapping[str, Any]) -> None:
   rows = panels.make(figure, points, *[(arm['mean_loss'],) * 2 for arm in others.values()])
   best = min(fair, key=lambda arm: arm['mean_loss'])
   told = ' Dashed: the best arm of each family without a latent.' if others else ''
+  if any('prefix_of' in arm for arm in arms):
+    told += ' Dotted: one nested run, cut to each width.'
   labels.headline(figure, _gains(fair), _bars_are(arms) + told)
   lines = []
-  for variant in sorted({arm['attention'] for arm in arms}):
+  nested = {arm['prefix_of'] for arm in arms if 'prefix_of' in arm}  # each has a line of its own
+  runs = [arm.get('prefix_of', arm['arm'] if arm['arm'] in nested else '') for arm in arms]
+  for variant, run in sorted({(arm['attention'], of) for arm, of in zip(arms, runs, strict=True)}):
     lowest: dict[int, tuple[Number, Number]] = {}  # of each width
-    for arm, x in sorted(zip(arms, places, strict=True), key=lambda pair: -pair[0]['mean_loss']):
-      if arm['attention'] == variant:
+    dots = sorted(zip(arms, runs, places, strict=True), key=lambda dot: -dot[0]['mean_loss'])
+    for arm, of, x in dots:
+      if (arm['attention'], of) == (variant, run):
         lowest[arm['latent_dim']] = (x, arm['mean_loss'])
     lines.append([lowest[width] for width in sorted(lowest)])
+    colour, dots_or_line = family[variant].colour, ':' if run else '-'
     for axes in rows:
-      axes.plot(*zip(*lines[-1], strict=True), color=family[variant].colour, linewidth=1.2)
+      axes.plot(*zip(*lines[-1], strict=True), color=colour, linewidth=1.2, linestyle=dots_or_line)
   for arm, x, point in zip(arms, places, points, strict=True):
     panels.draw(rows, x, point, family[arm['attention']])
   ends: dict[Axes, list[tuple[Number, str, str]]] = {}

@@ -24,7 +24,7 @@ import numpy as np
 
 from mla import files
 from mla.errors import UserError
-from mla.sweep import looks, results, tuning
+from mla.sweep import looks, results, tuning, widths
 from mla.sweep import statistics as stats
 
 MARGIN = 0.02  # nats a token
@@ -49,6 +49,11 @@ class Arm(NamedTuple):
   def latent(self) -> int | None:
     return self.lines[0]['latent_dim']
 
+  @property
+  def trained(self) -> str:
+    """The arm whose runs it is read from: its own, but for a prefix of a nested latent."""
+    return self.lines[0].get('prefix_of', self.name)
+
 
 def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict[str, Any]:
   """What frontier.json holds, from results.jsonl, windows.npz and looks.json; arms by cache bytes.
@@ -61,7 +66,7 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
   path = folder / 'results.jsonl'
   lines = results.unlike(results.read_lines(path))
   lines.sort(key=lambda line: (line['arm'], line['learning_rate'], line['seed'], line['trial']))
-  arms = _arms(lines)
+  arms = _arms(widths.by_width(lines))
   if not arms:
     raise UserError(f'{path}: holds no trial that is done; run the sweep first')
   by_name = {arm.name: arm for arm in arms}
@@ -118,10 +123,11 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
 def _arms(lines: Sequence[Mapping[str, Any]]) -> list[Arm]:
   """The arms of which some trial is done, by cache bytes, then by loss."""
   found = []
-  by_arm = itertools.groupby(lines, key=lambda line: line['arm'])
+  by_arm = itertools.groupby(sorted(lines, key=_arm_of), key=_arm_of)
   of_arm = {name: list(group) for name, group in by_arm}
-  for name, rates in tuning.by_arm(lines).items():
-    judged = tuning.judge(rates)
+  of_rates = tuning.by_arm(lines)
+  for name, rates in of_rates.items():
+    judged = tuning.judge(rates, of_rates.get(of_arm[name][0].get('prefix_of', name)))
     used = [
       line
       for line in of_arm[name]
@@ -141,6 +147,10 @@ def _arms(lines: Sequence[Mapping[str, Any]]) -> list[Arm]:
       )
     )
   return sorted(found, key=lambda arm: (arm.size, arm.mean.mean, arm.name))
+
+
+def _arm_of(line: Mapping[str, Any]) -> str:
+  return line['arm']
 
 
 def _figures(arm: Arm, folder: Path) -> dict[str, Any]:
@@ -172,6 +182,7 @@ def _figures(arm: Arm, folder: Path) -> dict[str, Any]:
     **results.costs_of(folder, first),
     'tokens_per_second': middle.median(speeds) if speeds else None,
     'failed': arm.failed,
+    **({'prefix_of': arm.trained} if arm.trained != arm.name else {}),
   }
 
 
@@ -227,16 +238,23 @@ def _at_equal_bytes(arms: Sequence[Arm], level: float) -> tuple[dict[str, dict[s
 
 
 def _latent_steps(arms: Sequence[Arm], level: float) -> dict[str, dict[str, Any]]:
-  """{arm with a latent: the one with the next smaller, and the difference to it}."""
+  """{arm with a latent: the one with the next smaller, and the difference to it}.
+
+  A nested run's widths are steps of its own.
+  """
   latents = sorted(
     (arm for arm in arms if arm.latent and arm.whole), key=lambda arm: (arm.latent, arm.size)
   )
+  nested = {arm.trained for arm in latents if arm.trained != arm.name}
+  families = [[arm for arm in latents if arm.trained == whole] for whole in sorted(nested)]
+  families.append([arm for arm in latents if arm.trained not in nested])
+  steps = [pair for family in families for pair in itertools.pairwise(family)]
   return {
     arm.name: {
       'smaller_latent': smaller.name,
-      'difference_to_smaller_latent': _simultaneous(arm, smaller, level / (len(latents) - 1)),
+      'difference_to_smaller_latent': _simultaneous(arm, smaller, level / len(steps)),
     }
-    for smaller, arm in itertools.pairwise(latents)
+    for smaller, arm in steps
   }
 
 

@@ -305,10 +305,14 @@ def _latents(summary: Mapping[str, Any]) -> Table:
   arms = [arm for arm in summary['arms'] if arm['latent_dim']]
   if len(arms) < 2:
     return Table('latent_dim as the knob', 'Fewer than two latents in this sweep.', [], [])
-  arms = sorted(  # those that failed last: no difference is taken to them
-    arms,
-    key=lambda a: (bool(a['failed_seeds']), a['latent_dim'], a['kv_cache_bytes_per_token']),
-  )
+  nested = {arm['prefix_of'] for arm in arms if 'prefix_of' in arm}
+
+  def place(arm: Mapping[str, Any]) -> tuple:
+    # Those that failed last: no difference is taken to them. Each nested run's widths together.
+    run = arm.get('prefix_of', arm['arm'] if arm['arm'] in nested else '')
+    return bool(arm['failed_seeds']), run, arm['latent_dim'], arm['kv_cache_bytes_per_token']
+
+  arms = sorted(arms, key=place)
   rows = [
     [
       str(arm['latent_dim']),
@@ -382,11 +386,16 @@ def _simultaneous(other: str, pairs: int) -> str:
   return f'difference to {other} (95 %, two-sided, simultaneous over {pairs} pairs)'
 
 
+def trained(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+  """The arms that were trained: not the prefixes of a nested latent, which is one run."""
+  return [arm for arm in summary['arms'] if 'prefix_of' not in arm]
+
+
 def _compute(summary: Mapping[str, Any]) -> Table:
   reference = next(arm for arm in summary['arms'] if arm['arm'] == summary['reference'])
   base = reference['flops_per_token']
   rows = []
-  for arm in summary['arms']:
+  for arm in trained(summary):
     flops = arm['flops_per_token']
     rows.append([
       arm['arm'],
@@ -414,7 +423,7 @@ def _compute(summary: Mapping[str, Any]) -> Table:
 
 def _training_memory(summary: Mapping[str, Any]) -> Table:
   rows = []
-  for arm in summary['arms']:
+  for arm in trained(summary):
     memory = arm['training_memory']
     rows.append([
       arm['arm'],

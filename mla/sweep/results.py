@@ -26,6 +26,7 @@ import numpy as np
 
 from mla import files
 from mla.errors import UserError, first_line
+from mla.sweep import widths
 from mla.sweep.trials import REPEATED, Trial, find_workdirs
 
 NUMBER = (int, float)
@@ -145,9 +146,13 @@ class Results:
       self._write()
 
   def add(self, line: dict[str, Any]) -> None:
-    windows = line.pop('window_nll', None)
-    if windows is not None:
-      self._windows[line['trial']] = np.asarray(windows, np.float32)
+    windows = {line['trial']: line.pop('window_nll', None)}
+    for prefix in line.get('prefixes', []):
+      name = widths.name(line['trial'], prefix['latent_dim'])
+      windows[name] = prefix.pop('window_nll', None)
+    told = {name: np.asarray(nll, np.float32) for name, nll in windows.items() if nll is not None}
+    if told:
+      self._windows |= told
       self._replace(self._windows_path, _packed(self._windows))
     self._lines[line['trial']] = self._found[_key(line)] = line
     self._write()
@@ -261,12 +266,19 @@ def _fault(line: Mapping[str, Any]) -> str:
       return f'lacks {name}, or has it in another type'
     if isinstance(line[name], float) and not math.isfinite(line[name]):
       return f'has {name}={line[name]}'
+  for prefix in line.get('prefixes', []) if isinstance(line.get('prefixes', []), list) else ['']:
+    if not isinstance(prefix, dict) or not all(_is_number(prefix.get(n)) for n in widths.FIGURES):
+      return 'has prefixes that lack a number'
   if not isinstance(line.get('settings', {}), dict):  # which older lines lack
     return 'has settings of another type'
   for name in ('trial', 'arm_digest'):  # which become names of files
     if not re.fullmatch(r'[\w=,+-][\w.=,+-]*', line[name]):
       return f'has another {name} than a sweep gives'
   return ''
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, NUMBER) and math.isfinite(value)
 
 
 def read_windows(path: Path) -> dict[str, np.ndarray]:

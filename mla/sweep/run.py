@@ -22,9 +22,9 @@ from ml_collections import ConfigDict
 from mla import cost, files, metrics
 from mla.data.pipeline import load_data
 from mla.errors import Diverged, MachineError, UserError, first_line
-from mla.evaluate import score_run
+from mla.evaluate import score_widths
 from mla.signals import StopSignal
-from mla.sweep import tuning
+from mla.sweep import tuning, widths
 from mla.sweep.results import Results, are_costs, costs_of, read_costs, write_costs
 from mla.sweep.trials import Trial
 from mla.sweep.watch import Watch
@@ -190,18 +190,25 @@ def run_trial(
 
 def _score(trial: Trial, workdir: Path) -> dict[str, Any]:
   """The line of a trial that is trained, without its speed."""
-  figures, nll = score_run(workdir, CACHE_DTYPE, max_tokens=trial.config.data.eval_tokens)
+  scores = score_widths(workdir, CACHE_DTYPE, max_tokens=trial.config.data.eval_tokens)
   # The report's interval is over seeds, and which devices a trial met is no result.
   left_out = {
     *'workdir layer_dims perplexity_ci95 loss_by_position loss_by_bigram'.split(),
     'kv_cache_bytes_per_token_per_device',
   }
-  figures = {name: value for name, value in figures.items() if name not in left_out}
-  loss = float(nll.sum()) / figures['tokens_evaluated']
-  if not math.isfinite(loss):
-    raise Diverged(f'read through a {CACHE_DTYPE} cache its loss is not finite')
-  window_nll = [float(value) for value in nll]
-  return {**trial.line, 'status': 'done', 'loss': loss, **figures, 'window_nll': window_nll}
+  found = []
+  for figures, nll in scores:
+    loss = float(nll.sum()) / figures['tokens_evaluated']
+    if not math.isfinite(loss):
+      raise Diverged(f'read through a {CACHE_DTYPE} cache its loss is not finite')
+    kept = {name: value for name, value in figures.items() if name not in left_out}
+    found.append({'loss': loss, **kept, 'window_nll': [float(value) for value in nll]})
+  whole, *prefixes = found
+  line = {**trial.line, 'status': 'done', **whole}
+  if prefixes:
+    told = (*widths.FIGURES, 'window_nll')
+    line['prefixes'] = [{name: prefix[name] for name in told} for prefix in prefixes]
+  return line
 
 
 @contextlib.contextmanager

@@ -30,10 +30,14 @@ class Judged(NamedTuple):
   tuned_on_itself: bool  # no judged seed finished: the one loss is the tuning seed's
 
 
-def judge(rates: Rates) -> Judged:
-  """Chooses an arm's learning rate and takes the seeds that did not choose it."""
-  seed = tuning_seed(rates)
-  rate = min((sample[seed], rate) for rate, sample in rates.items() if seed in sample)[1]
+def judge(rates: Rates, chosen_by: Rates | None = None) -> Judged:
+  """Chooses an arm's learning rate and takes the seeds that did not choose it.
+
+  chosen_by: the losses that choose, of an arm that is part of another one's runs.
+  """
+  choosing = rates if chosen_by is None else chosen_by
+  seed = tuning_seed(choosing)
+  rate = min((sample[seed], rate) for rate, sample in choosing.items() if seed in sample)[1]
   tuning = seed if len(rates) > 1 else None
   judged = {s: loss for s, loss in sorted(rates[rate].items()) if s != tuning}
   finished = {s: loss for s, loss in judged.items() if math.isfinite(loss)}

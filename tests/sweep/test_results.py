@@ -239,7 +239,7 @@ def test_a_trial_is_done_whatever_its_costs(todo, tmp_path, monkeypatch):
   asked = count_compilations(monkeypatch, MemoryError())
   nll = np.array([1.5, 2.5], np.float32)
   figures = {'workdir': '', 'perplexity_ci95': None, 'tokens_evaluated': 4}
-  monkeypatch.setattr(sweep, 'score_run', lambda *_, **__: (figures, nll))
+  monkeypatch.setattr(sweep, 'score_widths', lambda *_, **__: [(figures, nll)])
   line = sweep.run_trial(todo[0], tmp_path, lambda config, workdir: True)
   assert line['status'] == 'done' and line['loss'] == 1.0
   assert not asked
