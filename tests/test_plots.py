@@ -487,3 +487,16 @@ def test_a_summary_without_seeds_draws_the_same_arms():
   for arm in newer['arms']:
     arm['losses'] = {'0': arm['mean_loss'] + 0.01, '1': arm['mean_loss'] - 0.01}
   assert 'one seed' in told(drawn(plots.frontier, newer))
+
+
+def test_cuts_claim_what_each_method_loses():
+  rows = [
+    {'trial': trial, 'method': method, 'bytes_per_token': size, 'loss': 1.2 + more * (lost + noise)}
+    for trial, noise in (('a', 0.01), ('b', -0.01))
+    for method, lost in (('turned', 0.5), ('uniform', 0.02), ('by layer', 0.1))
+    for size, more in ((768, 0), (320, 1))
+  ]
+  figure = drawn(plots.cuts, rows, ['turned', 'uniform'])
+  assert not faults(figure)
+  assert 'axes and cut: +0.500; nested, one width: +0.020' in told(figure).replace('\n', ' ')
+  assert 'a width a layer' not in told(figure)

@@ -5,12 +5,14 @@ so (labels.py); a variant's name, colour and marker come from one table (styles.
 """
 
 from mla.plots.costs import bars, cache_memory, stacks
+from mla.plots.cuts import cuts
 from mla.plots.diagrams import absorption
 from mla.plots.insides import attention_maps, by_position, dtypes, int8_parts, spectra
 from mla.plots.losses import equal_bytes, frontier, latent_knob, perplexity
 from mla.plots.styles import save, style
 
 __all__ = [
-  'absorption', 'attention_maps', 'bars', 'by_position', 'cache_memory', 'dtypes', 'equal_bytes',
-  'frontier', 'int8_parts', 'latent_knob', 'perplexity', 'save', 'spectra', 'stacks', 'style',
+  'absorption', 'attention_maps', 'bars', 'by_position', 'cache_memory', 'cuts', 'dtypes',
+  'equal_bytes', 'frontier', 'int8_parts', 'latent_knob', 'perplexity', 'save', 'spectra',
+  'stacks', 'style',
 ]  # fmt: skip
