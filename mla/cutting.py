@@ -59,7 +59,9 @@ def cut_layers(model: Decoder, config: ConfigDict, widths: Sequence[int]) -> Dec
   return UnevenDecoder(model, [small[width][layer] for layer, width in enumerate(widths)])
 
 
-def latent_moments(model: Decoder, tokens: Int[np.ndarray, 'B T']) -> Float[np.ndarray, 'L C C']:
+def latent_moments(
+  model: Decoder, tokens: Int[Array | np.ndarray, 'B T']
+) -> Float[np.ndarray, 'L C C']:
   """The mean outer product of a plain latent with itself, by layer, before its norm's gain."""
 
   def moments(model: Decoder, tokens: Array) -> Array:

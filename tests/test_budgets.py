@@ -33,7 +33,7 @@ def test_each_step_takes_what_adds_least_for_what_it_frees(monkeypatch):
   cost = {pair: sum(pair) for pair in itertools.product((4, 8, 14), repeat=2)}
   cost |= {(14, 14): 0.0, (8, 14): 0.5, (14, 8): 0.6, (4, 14): 0.6, (8, 8): 1.4, (4, 8): 1.0}
   monkeypatch.setattr(budgets, 'divergence', lambda model, windows, widths: cost[widths])
-  found = list(budgets.search(None, CONFIG, WINDOWS))
+  found = list(budgets.search(make_model(CONFIG, VOCAB), CONFIG, WINDOWS))
   # (8, 14) frees 6 for 0.5; then (4, 14) frees 4 for 0.1, against (8, 8), 6 for 0.9.
   assert [budget.widths for budget in found] == [(14, 14), (8, 14), (4, 14), (4, 8), (4, 4)]
   assert [budget.divergence for budget in found[:3]] == [0, 0.5, 0.6]

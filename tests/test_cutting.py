@@ -12,7 +12,7 @@ from mla.cutting import cut_latent, cut_layers, cut_plain, latent_moments, rotat
 from mla.model import allocate_cache, decode, forward, make_model, states
 
 VOCAB = 61
-TOKENS = np.asarray(jax.random.randint(jax.random.key(5), (2, 21), 0, VOCAB))
+TOKENS = jax.random.randint(jax.random.key(5), (2, 21), 0, VOCAB)
 
 
 @functools.cache
