@@ -192,9 +192,9 @@ def test_the_command_line(trained, tmp_path):
   assert done.returncode == 0, done.stderr
   runs = json.loads(out.read_text())['runs']
   keys = (
-    'workdir attention latent_dim params_total params_non_embedding step cache_dtype '
+    'workdir attention latent_dim layer_dims params_total params_non_embedding step cache_dtype '
     'kv_cache_bytes_per_token kv_cache_bytes_per_token_per_device perplexity perplexity_ci95 '
-    'bits_per_byte tokens_evaluated loss_by_position'
+    'bits_per_byte tokens_evaluated loss_by_position loss_by_bigram'
   )
   assert [list(run) for run in runs] == [keys.split()] * 2
   assert [(run['attention'], run['latent_dim']) for run in runs] == [('mla', 14), ('mha', None)]
@@ -428,5 +428,5 @@ def test_the_loss_is_split_by_whether_a_bigram_stood_before(trained):
     groups['seen' if pair in before else 'new'].append(nll[target - 1])
   for name, losses in groups.items():
     found = run['loss_by_bigram'][name]
-    assert found['targets'] == len(losses) > 100
+    assert found['targets'] == len(losses) > 30
     assert found['loss'] == pytest.approx(np.mean(losses), rel=1e-4)
