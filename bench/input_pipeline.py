@@ -53,10 +53,11 @@ def ours(case: dict) -> dict:
 def peer(case: dict) -> dict:
   import torch
 
-  from mla.data.pipeline import load_data
+  from mla.data.pipeline import TokenStream, load_data
 
   config = config_of()
   stream = load_data(config).train
+  assert isinstance(stream, TokenStream)
   one_core()
   torch.set_num_threads(1)
   views = np.lib.stride_tricks.sliding_window_view(stream.tokens, config.seq_len + 1)

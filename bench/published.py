@@ -17,9 +17,11 @@ from bench.decode import CHECKED, time_peers
 
 
 def prompt_of(run, context: int) -> np.ndarray:
-  from mla.data.pipeline import load_data
+  from mla.data.pipeline import TokenStream, load_data
 
-  return load_data(run.config).validation.tokens[None, :context].astype(np.int32)
+  stream = load_data(run.config).validation
+  assert isinstance(stream, TokenStream)
+  return stream.tokens[None, :context].astype(np.int32)
 
 
 def ours(case: dict) -> dict:

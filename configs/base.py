@@ -62,7 +62,9 @@ def get_config() -> ConfigDict:
       'checkpoints_kept': 3,  # the newest
       'log_every': 50,  # lines of metrics.jsonl
       'data': {
-        'dataset': 'sotu',  # the embedded corpus, or any TFDS text dataset prepared as array_record
+        # The embedded corpus, any TFDS text dataset prepared as array_record, or a task in which
+        # the cache matters (mla/probes.py): probe:payload, probe:multikey, probe:copy, probe:mqar.
+        'dataset': 'sotu',  # sotu, a TFDS dataset, or probe:payload | multikey | copy | mqar
         'text_key': 'text',  # the feature of its records that is read
         'train_split': 'train',  # of `dataset`, or a slice: train[:90%], train[:1000]
         'validation_split': 'validation',  # likewise, with no record in common: train[90%:]
@@ -71,6 +73,9 @@ def get_config() -> ConfigDict:
         'validation_files': '',  # likewise; '' holds out the last tenth of each of `files`
         'tokenizer': 'bytes',  # bytes | bpe:VOCAB | hf:PATH of a tokenizer.json
         'eval_tokens': 131_072,  # validation's, for the losses while training and of a sweep
+        'records': 16,  # probes only: those of a window
+        'attributes': 1,  # m, probe:payload and probe:multikey only: values of a record
+        'alphabet': 16,  # A, probes only: what a value is drawn from
       },
       # Devices along each axis of the mesh; -1 takes what the others leave. Those of fsdp share
       # weights and optimiser. fsdp=0 takes as many of data=-1 as are needed: the fewest at which

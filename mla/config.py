@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mla import rope_scaling
+from mla import probes, rope_scaling
 from mla.attention import VARIANTS
 from mla.errors import UserError, first_line
 from mla.fields import field as field
@@ -24,7 +24,8 @@ ATTENTION_IMPLS = ('auto', 'blockwise', 'cpu', 'cudnn', 'splash')
 
 POSITIVE = (
   'num_heads head_dim num_layers d_model param_budget seq_len batch_size accumulation_steps '
-  'num_steps eval_every checkpoint_every checkpoints_kept log_every data.eval_tokens'
+  'num_steps eval_every checkpoint_every checkpoints_kept log_every data.eval_tokens data.records '
+  'data.attributes data.alphabet'
 ).split()
 NOT_NEGATIVE = 'value_head_dim ffn_dim warmup_steps seed'.split()
 OF_VARIANTS = tuple(dict.fromkeys(name for its in VARIANTS.values() for name in its.fields))
@@ -53,6 +54,9 @@ ADDED: dict[str, Any] = {
   'latent_norm': True,
   'round_to': 0,
   'nested': '',
+  'data.records': 16,
+  'data.attributes': 1,
+  'data.alphabet': 16,
 }
 FIELDS = {*POSITIVE, *NOT_NEGATIVE, *OF_VARIANTS, *TEXTS, *MESH, *FLOATS, *ADDED}
 
@@ -67,6 +71,7 @@ def validate(config: ConfigDict) -> None:
       raise unknown_field(name, FIELDS)
   _check_choices(config)
   _check_numbers(config)
+  probes.parse(config)
   for holds, name, cure in VARIANTS[config.attention].rules(config):
     _require(holds, name, config, cure)
   _check_training(config)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mla import backends, loss
 from mla import model as model_lib
+from mla.data.pipeline import window_shape
 from mla.optimizer import make_optimizer
 from mla.step import init_state, mean_nll, train_step
 
@@ -139,7 +140,7 @@ def _abstract_model(config: ConfigDict, vocab: int) -> model_lib.Decoder:
 
 
 def _abstract_batch(config: ConfigDict) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32)
+  return jax.ShapeDtypeStruct((config.batch_size, *window_shape(config)), jnp.int32)
 
 
 def _copy(config: ConfigDict, **changes) -> ConfigDict:

@@ -22,6 +22,7 @@ from mla import backends, cost, flops, hlo, memory, sharding, targets
 from mla import config as config_lib
 from mla import model as model_lib
 from mla.data import tokenizers
+from mla.data.pipeline import window_shape
 from mla.errors import UserError
 from mla.optimizer import make_optimizer
 from mla.step import TrainState, init_state, jit_step, train_step
@@ -180,7 +181,7 @@ def compile_step(config: ConfigDict, vocab: int, mesh: Mesh) -> Step:
     placement = sharding.shardings(abstract, mesh)
     state = sharding.placed(abstract, placement)
     batch = jax.ShapeDtypeStruct(
-      (config.batch_size, config.seq_len + 1), jnp.int32, sharding=sharding.rows_sharding(mesh)
+      (config.batch_size, *window_shape(config)), jnp.int32, sharding=sharding.rows_sharding(mesh)
     )
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: model_lib.make_model(config, vocab)))
     began = time.monotonic()
@@ -222,7 +223,7 @@ def flops_per_token(config: ConfigDict, vocab: int, device: jax.Device) -> tuple
   state = jax.eval_shape(functools.partial(init_state, config, vocab, optimizer))
   model = nnx.eval_shape(lambda: model_lib.make_model(config, vocab))
   step = functools.partial(train_step, config, nnx.graphdef(model), optimizer)
-  batch = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32)
+  batch = jax.ShapeDtypeStruct((config.batch_size, *window_shape(config)), jnp.int32)
   with jax.set_mesh(alone), backends.counted():
     computed = flops.count(jax.jit(step).trace(state, batch).jaxpr.jaxpr)
     useful = flops.worth(model, config.seq_len)

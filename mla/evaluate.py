@@ -17,9 +17,13 @@ The protocol, so that anybody can repeat it:
   another training seed. None (null) below LEAST_WINDOWS windows, of which it would say too little.
 - kv_cache_bytes_per_token: nbytes of the arrays allocated for the windows over their token slots;
   kv_cache_bytes_per_token_per_device: of the part of them that one device holds.
+- A probe (mla/probes.py) has no text: its windows are those that are held out, its targets those
+  that it asks for, and bits_per_byte is None (null). accuracy is the share of targets that got the
+  largest logit, accuracy_ci95 as perplexity_ci95, bits_recalled as mla/probes.py says.
 - loss_by_position: nats a target, by how many tokens of its window it sees: 1, 2 to 3, 4 to 7, ...
 - loss_by_bigram: nats a target, of those that stood earlier in their window behind the same token
-  ('seen'), where a cache can help beyond what text is like in general, and of the rest ('new').
+  ('seen'), where a cache can help beyond what text is like in general, and of the rest ('new'); of
+  text only.
 """
 
 import itertools
@@ -35,18 +39,19 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 from ml_collections import ConfigDict
 
-from mla import backends, memory, sharding, terminal
+from mla import backends, memory, probes, sharding, terminal
 from mla import cache as cache_lib
 from mla import config as config_lib
 from mla import model as model_lib
 from mla.attention import VARIANTS, nested
 from mla.checkpoint import Checkpoints
 from mla.cutting import cut_latent, cut_layers
-from mla.data.pipeline import EvalWindows, eval_windows, load_run_data
+from mla.data.pipeline import EvalWindows, TokenStream, eval_windows, load_run_data
 from mla.errors import UserError
+from mla.windows import are_text, fill_rows, inputs_and_targets
 from mla.workdir import read_config
 
 CHUNK = 64
@@ -62,6 +67,7 @@ class Reading(NamedTuple):
   by_window: Float[np.ndarray, ' W']
   by_position: Float[np.ndarray, ' T']
   seen: float  # of the targets whose bigram stood earlier in the window
+  right: Int[np.ndarray, ' W']  # targets that got the largest logit; 0 of text, where none looks
   bytes_per_token: float
   bytes_per_token_per_device: float
 
@@ -146,8 +152,9 @@ def _scores(
   whole, step = load_model(workdir, config, data.tokenizer.vocab_size, data.digest, mesh)
   windows = eval_windows(data.validation, seq_len=config.seq_len, max_tokens=max_tokens)
   targets = windows.mask.sum(axis=1)
-  seen = int(np.sum(bigrams_seen(windows.tokens) & windows.mask))
-  text_bytes = np.sum(data.tokenizer.byte_lengths[windows.tokens[:, 1:]] * windows.mask)
+  text_bytes = 0  # of a probe
+  if not isinstance(data.tokenizer, probes.Symbols):
+    text_bytes = np.sum(data.tokenizer.byte_lengths[windows.tokens[:, 1:]] * windows.mask)
   for cache_dtype, cut in itertools.product(cache_dtypes, cuts):
     model, layers = whole, None
     if isinstance(cut, tuple):
@@ -173,11 +180,11 @@ def _scores(
         'kv_cache_bytes_per_token_per_device': read.bytes_per_token_per_device,
         'perplexity': float(np.exp(nll.sum() / targets.sum())),
         'perplexity_ci95': bootstrap_perplexity(nll, targets),
-        'bits_per_byte': float(nll.sum() / (math.log(2) * text_bytes)),
+        'bits_per_byte': float(nll.sum() / (math.log(2) * text_bytes)) if text_bytes else None,
         'tokens_evaluated': int(targets.sum()),
         'data_digest': data.digest[:16],
         'loss_by_position': loss_by_position(read.by_position, windows.mask.sum(axis=0)),
-        'loss_by_bigram': loss_by_bigram(read, seen, int(targets.sum())),
+        **what_was_asked(data.validation, read, windows),
       },
       nll,
     )
@@ -274,18 +281,20 @@ def read_through_cache(
   rows = sharding.rows_sharding(mesh) if batch % devices == 0 else sharding.everywhere(mesh)
 
   score = make_score(graphdef, mesh, place, chunk)
-  by_window, by_position, seen = [], np.zeros(length), 0.0
+  by_window, by_position, seen, right = [], np.zeros(length), 0.0, []
   progress = terminal.Progress(-(-count // batch), f'{cache_dtype} cache')
   for start in range(0, count, batch):
     tokens = windows.tokens[start : start + batch]
-    fill = ((0, batch - len(tokens)), (0, 0))
     with jax.set_mesh(mesh):
-      nll, layers = score(params, layers, jax.device_put(np.pad(tokens, fill), rows))
+      (nll, hits), layers = score(params, layers, jax.device_put(fill_rows(tokens, batch), rows))
     mask = windows.mask[start : start + batch]
     real = np.asarray(nll, np.float64)[: len(tokens)] * mask
     by_window.append(real.sum(axis=1))
+    hits = mask & False if hits is None else np.asarray(hits)[: len(tokens)]
+    right.append((hits & mask).sum(axis=1))
     by_position += real.sum(axis=0)
-    seen += float(real[bigrams_seen(tokens)].sum())
+    if are_text(tokens):
+      seen += float(real[bigrams_seen(tokens)].sum())
     progress.move()
   progress.close()
   cache = cache_lib.Cache(layers, jnp.zeros(batch, jnp.int32))
@@ -293,38 +302,46 @@ def read_through_cache(
     np.concatenate(by_window),
     by_position,
     seen,
+    np.concatenate(right),
     cache.bytes_per_token(),
     cache.bytes_per_token_per_device(),
   )
 
 
 def make_score(graphdef, mesh: Mesh, place, chunk: int):
-  """The compiled function (params, a cache's layers, windows [B, T+1]) -> (NLL [B,T], the layers).
+  """The compiled function (params, a cache's layers, windows) -> ((NLL, hits) [B,T], the layers).
 
-  The cache is read and written in one loop over chunks, its layers lying where `place` says.
+  hits, of a probe's windows, tells where a target got the largest logit; it is None of text's, and
+  where a window has no target both say nothing. The cache is read and written in one loop over
+  chunks, its layers lying where `place` says.
   """
 
-  def score(params, layers, tokens: Int[Array, 'B window']):
-    def read(cache: cache_lib.Cache, tokens: Int[Array, 'B window']):
+  def score(params, layers, windows: Int[Array, 'B window *row']):
+    def read(cache: cache_lib.Cache, tokens: tuple[Array, Array]):
       weights = params
       if mesh.shape['fsdp'] > 1:  # else all of them would be gathered before the loop, and held
         weights, tokens = jax.lax.optimization_barrier((params, tokens))
-      logits, cache = model_lib.decode(nnx.merge(graphdef, weights), cache, tokens[:, :-1])
-      nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+      inputs, targets = tokens
+      logits, cache = model_lib.decode(nnx.merge(graphdef, weights), cache, inputs)
+      hits = None if are_text(windows) else jnp.argmax(logits, axis=-1) == targets
+      targets = targets if hits is None else jnp.maximum(targets, 0)
+      nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
       layers = jax.lax.with_sharding_constraint(cache.layers, place)
-      return cache_lib.Cache(layers, cache.lengths), nll
+      return cache_lib.Cache(layers, cache.lengths), (nll, hits)
 
-    batch, length = tokens.shape[0], tokens.shape[1] - 1
+    tokens = inputs_and_targets(windows)
+    batch, length = tokens[1].shape
     cache = cache_lib.Cache(layers, jnp.zeros(batch, jnp.int32))
     whole, parts = length // chunk, []
     if whole:
-      each = np.arange(whole)[:, None] * chunk + np.arange(chunk + 1)
-      cache, nll = jax.lax.scan(read, cache, tokens[:, each].swapaxes(0, 1))
-      parts.append(nll.swapaxes(0, 1).reshape(batch, -1))
+      each = np.arange(whole)[:, None] * chunk + np.arange(chunk)
+      chunks = jax.tree.map(lambda x: x[:, each].swapaxes(0, 1), tokens)
+      cache, found = jax.lax.scan(read, cache, chunks)
+      parts.append(jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1), found))
     if length % chunk:
-      cache, nll = read(cache, tokens[:, whole * chunk :])
-      parts.append(nll)
-    return jnp.concatenate(parts, axis=1), cache.layers
+      cache, found = read(cache, jax.tree.map(lambda x: x[:, whole * chunk :], tokens))
+      parts.append(found)
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts), cache.layers
 
   return jax.jit(score, donate_argnums=1, out_shardings=(None, place))
 
@@ -342,6 +359,27 @@ def loss_by_position(
       loss = float(nll[seen].sum() / count)
       found.append({'from': 2**power, 'to': last, 'loss': loss, 'targets': count})
   return found
+
+
+def what_was_asked(
+  stream: TokenStream | probes.Stream, read: Reading, windows: EvalWindows
+) -> dict[str, Any]:
+  """Of text its loss by what stood before; of a probe its sizes, accuracy and bits recalled."""
+  if not isinstance(stream, probes.Stream):
+    seen = int(np.sum(bigrams_seen(windows.tokens) & windows.mask))
+    return {'loss_by_bigram': loss_by_bigram(read, seen, int(windows.mask.sum()))}
+  probe, targets = stream.probe, windows.mask.sum(axis=1)
+  accuracy = float(read.right.sum() / targets.sum())
+  return {
+    'probe': probe.name,
+    'records': probe.records,
+    'attributes': probe.attributes,
+    'alphabet': probe.alphabet,
+    'bits_held': probe.bits_held(),
+    'accuracy': accuracy,
+    'accuracy_ci95': bootstrap_mean(read.right, targets),
+    'bits_recalled': probe.bits_recalled(accuracy),
+  }
 
 
 def bigrams_seen(tokens: Int[np.ndarray, 'B window']) -> Bool[np.ndarray, 'B T']:
@@ -366,15 +404,23 @@ def loss_by_bigram(read: Reading, seen: int, targets: int) -> dict[str, dict[str
 def bootstrap_perplexity(
   nll: Float[np.ndarray, ' W'], targets: Int[np.ndarray, ' W'], resamples: int = BOOTSTRAPS
 ) -> list[float] | None:
-  """The 95 % percentile interval [low, high] of exp(sum nll / sum targets) over windows.
+  """exp of bootstrap_mean: that of the perplexity."""
+  bounds = bootstrap_mean(nll, targets, resamples)
+  return None if bounds is None else [float(bound) for bound in np.exp(bounds)]
+
+
+def bootstrap_mean(
+  sums: Shaped[np.ndarray, ' W'], targets: Int[np.ndarray, ' W'], resamples: int = BOOTSTRAPS
+) -> list[float] | None:
+  """The 95 % percentile interval [low, high] of sum sums / sum targets over windows.
 
   None of fewer than LEAST_WINDOWS windows.
   """
-  if len(nll) < LEAST_WINDOWS:
+  if len(sums) < LEAST_WINDOWS:
     return None
   rng = np.random.default_rng(0)
   means = []
   for _ in range(resamples):
-    drawn = rng.integers(0, len(nll), len(nll))
-    means.append(nll[drawn].sum() / targets[drawn].sum())
-  return [float(bound) for bound in np.exp(np.percentile(means, [2.5, 97.5]))]
+    drawn = rng.integers(0, len(sums), len(sums))
+    means.append(sums[drawn].sum() / targets[drawn].sum())
+  return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from mla import generate, sharding
 from mla import model as model_lib
 from mla.cache import Cache
-from mla.data.pipeline import Data, eval_windows, load_run_data
+from mla.data.pipeline import Data, eval_windows, load_run_data, text_tokenizer
 from mla.evaluate import load_model
 from mla.workdir import read_config
 
@@ -37,6 +37,7 @@ def open_run(workdir: Path) -> Run:
   config = read_config(workdir)
   config.attention_impl = 'auto'
   data = load_run_data(workdir, config)
+  text_tokenizer(config, data.tokenizer)  # refuses a probe's run
   mesh = sharding.make_mesh(ONE_DEVICE)
   model, step = load_model(workdir, config, data.tokenizer.vocab_size, data.digest, mesh)
   return Run(config, model, step, data)
@@ -45,7 +46,8 @@ def open_run(workdir: Path) -> Run:
 def write(run: Run, prompt: str, steps: int, seed: int = 0) -> str:
   """The prompt and up to `steps` tokens of what follows, through a bfloat16 cache."""
   parts = [prompt]
-  writer = generate.Run(run.config, run.data.tokenizer, run.model, run.step)
+  tokenizer = text_tokenizer(run.config, run.data.tokenizer)
+  writer = generate.Run(run.config, tokenizer, run.model, run.step)
   generate.write(
     writer, [prompt], lambda row, text: parts.append(text), steps=steps, temperature=0.7, seed=seed
   )

@@ -83,6 +83,22 @@ def mean_nll(
   return _mean_in_chunks(tokens, x, w_out, targets)
 
 
+def mean_scored_nll(
+  x: Float[Array, 'B T D'],
+  w_out: Float[Array, 'D vocab'],
+  targets: Int[Array, 'B T'],
+  tokens: int | None = None,
+) -> Float[Array, '']:
+  """mean_nll over the targets that are not -1."""
+  tokens = w_out.shape[1] if tokens is None else tokens
+  scored = targets >= 0
+  if _fits(x, w_out):
+    nll = token_nll(x, w_out, jnp.where(scored, targets, 0), tokens)
+    return jnp.sum(nll, where=scored) / jnp.sum(scored)
+  share = targets.size / jnp.sum(scored)
+  return share * _mean_in_chunks(tokens, x, w_out, targets)  # where -1 has no loss
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mean_in_chunks(tokens, x, w_out, targets):
   return jnp.mean(token_nll(x, w_out, targets, tokens))

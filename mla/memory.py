@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from mla import loss, sharding
+from mla import loss, probes, sharding
 from mla import model as model_lib
 from mla.data import tokenizers
 from mla.errors import UserError
@@ -161,10 +161,13 @@ def reading_needs(
 
 
 def vocabulary(config: ConfigDict) -> int:
-  """The size that data.tokenizer says, before any text is read; 1 if it says none.
+  """The size that data.tokenizer or a probe says, before any text is read; 1 if none does.
 
   A tokenizer.json that is not there says none: a run has its own, wherever that of its config is.
   """
+  probe = probes.parse(config)
+  if probe is not None:
+    return probe.vocab
   try:
     return _vocabulary(config.data.tokenizer)
   except UserError:

@@ -30,6 +30,7 @@ from mla.errors import UserError
 from mla.layers import RMSNorm, project, weight
 from mla.loss import only_tokens
 from mla.sharding import constrain
+from mla.windows import NONE
 
 
 class FeedForward(nnx.Module):
@@ -104,8 +105,13 @@ class Decoder(nnx.Module):
     if not config.tie_embeddings:
       self.w_out = weight(rngs, fan_in=D, D=D, vocab=vocab)
 
-  def embed(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
-    return lookup(self.embedding[...], tokens, self.dtype)
+  def embed(self, tokens: Int[Array, 'B T *parts']) -> Float[Array, 'B T D']:
+    """The tokens' embeddings; of several a position (mla/windows.py) their sum."""
+    if tokens.ndim == 2:
+      return lookup(self.embedding[...], tokens, self.dtype)
+    flat = jnp.maximum(tokens, 0).reshape(len(tokens), -1)
+    parts = lookup(self.embedding[...], flat, self.dtype).reshape(*tokens.shape, -1)
+    return jnp.sum(parts, axis=2, where=(tokens != NONE)[..., None])
 
   def logits(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T vocab']:
     logits = project(self.norm(x), self.unembedding()).astype(jnp.float32)
@@ -148,13 +154,13 @@ def make_model(config: ConfigDict, vocab: int) -> Decoder:
   return Decoder(config, vocab, nnx.Rngs(params=jax.random.key(config.seed, impl=PRNG)))
 
 
-def forward(model: Decoder, tokens: Int[Array, 'B T']) -> Float[Array, 'B T vocab']:
+def forward(model: Decoder, tokens: Int[Array, 'B T *parts']) -> Float[Array, 'B T vocab']:
   """Logits of every token's successor, all positions in parallel."""
   return model.logits(_parallel(model, tokens)[0])
 
 
 def states(
-  model: Decoder, tokens: Int[Array, 'B T'], widths: Int[Array, 'B L'] | None = None
+  model: Decoder, tokens: Int[Array, 'B T *parts'], widths: Int[Array, 'B L'] | None = None
 ) -> Float[Array, 'B T D']:
   """What unembedding() makes forward's logits of; mla/loss.py does without them.
 
@@ -190,7 +196,7 @@ def allocate_cache(model: Decoder, *, batch: int, slots: int, dtype: str) -> Cac
 
 
 def prefill(
-  model: Decoder, cache: Cache, tokens: Int[Array, 'B T'], lengths: Array
+  model: Decoder, cache: Cache, tokens: Int[Array, 'B T *parts'], lengths: Array
 ) -> tuple[Float[Array, 'B vocab'], Cache]:
   """Runs prompts, right-padded to T, into an empty cache of at least T slots.
 
@@ -218,7 +224,7 @@ def prefill(
 
 
 def decode(
-  model: Decoder, cache: Cache, tokens: Int[Array, 'B T']
+  model: Decoder, cache: Cache, tokens: Int[Array, 'B T *parts']
 ) -> tuple[Float[Array, 'B T vocab'], Cache]:
   """Appends T tokens to every row; returns their logits, all they attend to read from the cache.
 

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 from ml_collections import ConfigDict
 
 from mla import loss as loss_lib
 from mla import model as model_lib
+from mla import windows as windows_lib
 from mla.attention import nested
+from mla.layers import project
 
 
 class TrainState(NamedTuple):
@@ -40,7 +42,7 @@ def jit_step(config: ConfigDict, graphdef, optimizer, placement: TrainState):
 
 
 def train_step(
-  config: ConfigDict, graphdef, optimizer, state: TrainState, tokens: Int[Array, 'B window']
+  config: ConfigDict, graphdef, optimizer, state: TrainState, tokens: Int[Array, 'B window *row']
 ) -> tuple[TrainState, dict[str, Float[Array, '']]]:
   """One update on a batch: the mean gradient over accumulation_steps micro-batches."""
 
@@ -108,18 +110,30 @@ def accumulate(loss_and_grads, steps: int, params, batch):
 
 def mean_nll(
   model: model_lib.Decoder,
-  tokens: Int[Array, 'B window'],
+  tokens: Int[Array, 'B window *row'],
   widths: Int[Array, 'B L'] | None = None,
 ) -> Float[Array, '']:
   """The mean negative log-likelihood of the targets in nats, all positions in parallel."""
-  x = model_lib.states(model, tokens[:, :-1], widths)
-  return loss_lib.mean_nll(x, model.unembedding(), tokens[:, 1:], model.vocab)
+  inputs, targets = windows_lib.inputs_and_targets(tokens)
+  x = model_lib.states(model, inputs, widths)
+  text = windows_lib.are_text(tokens)
+  mean = loss_lib.mean_nll if text else loss_lib.mean_scored_nll
+  return mean(x, model.unembedding(), targets, model.vocab)
 
 
 def eval_step(
-  graphdef, params, tokens: Int[Array, 'B window'], mask: Array
-) -> tuple[Float[Array, ''], Int[Array, '']]:
+  graphdef, params, tokens: Int[Array, 'B window *row'], mask: Bool[Array, 'B T']
+) -> dict[str, Array]:
+  """Of the targets in the mask: `nll`, their sum in nats, and their number; of probes `right`."""
   model = nnx.merge(graphdef, params)
-  x = model_lib.states(model, tokens[:, :-1])
-  nll = loss_lib.token_nll(x, model.unembedding(), tokens[:, 1:], model.vocab)
-  return jnp.sum(nll, where=mask), jnp.sum(mask, dtype=jnp.int32)
+  inputs, targets = windows_lib.inputs_and_targets(tokens)
+  x = model_lib.states(model, inputs)
+  found = {'targets': jnp.sum(mask, dtype=jnp.int32)}
+  if not windows_lib.are_text(tokens):
+    guesses = jnp.argmax(
+      loss_lib.only_tokens(project(x, model.unembedding()), model.vocab), axis=-1
+    )
+    found['right'] = jnp.sum(guesses == targets, where=mask, dtype=jnp.int32)
+    targets = jnp.maximum(targets, 0)
+  nll = loss_lib.token_nll(x, model.unembedding(), targets, model.vocab)
+  return {'nll': jnp.sum(nll, where=mask), **found}

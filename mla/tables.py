@@ -21,7 +21,8 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> str:
   """eval.py's table: a line a run, by cache bytes; and what the bytes mean."""
   heads = (
     'run', 'attention', 'latent', 'non-emb. params', 'step', 'cache', 'bytes/token',
-    'on each device', 'perplexity', '95 %', 'bits/byte', 'tokens/GiB', 'users/GiB at 8k',
+    'on each device', 'perplexity', '95 %', 'bits/byte', 'accuracy', '95 %', 'bits recalled',
+    'tokens/GiB', 'users/GiB at 8k',
   )  # fmt: skip
   rows: list[tuple[str, ...]] = []
   shared = False  # by devices
@@ -29,7 +30,7 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> str:
     size = run['kv_cache_bytes_per_token']
     on_a_device = run.get('kv_cache_bytes_per_token_per_device', size)
     shared = shared or on_a_device < size
-    interval = run['perplexity_ci95']
+    bits = run['bits_per_byte']
     rows.append((
       Path(run['workdir']).name,
       run['attention'],
@@ -40,16 +41,30 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> str:
       f'{size:,.0f}',
       f'{on_a_device:,.1f}',
       f'{run["perplexity"]:.4f}',
-      f'{interval[0]:.4f} to {interval[1]:.4f}' if interval else '-',
-      f'{run["bits_per_byte"]:.4f}',
+      _interval(run['perplexity_ci95']),
+      '-' if bits is None else f'{bits:.4f}',
+      *_recall(run),
       f'{GIB / size:,.0f}',
       f'{GIB / size / CONTEXT:,.1f}',
     ))  # fmt: skip
-  table = [heads, *rows]
-  if not shared:
-    place = heads.index('on each device')
-    table = [(*row[:place], *row[place + 1 :]) for row in table]
+  left_out = set() if shared else {7}
+  left_out |= set() if any('accuracy' in run for run in runs) else {11, 12, 13}
+  left_out |= set() if any(run['bits_per_byte'] is not None for run in runs) else {10}
+  kept = [place for place in range(len(heads)) if place not in left_out]
+  table = [[row[place] for place in kept] for row in (heads, *rows)]
   return columns(table, words={0, 1, 5}, width=terminal.width())
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+  return f'{bounds[0]:.4f} to {bounds[1]:.4f}' if bounds else '-'
+
+
+def _recall(run: Mapping[str, Any]) -> tuple[str, str, str]:
+  """A probe's accuracy, its interval, and bits of those that a window holds."""
+  if 'accuracy' not in run:
+    return '-', '-', '-'
+  bits = f'{run["bits_recalled"]:,.0f} of {run["bits_held"]:,.0f}'
+  return f'{run["accuracy"]:.4f}', _interval(run['accuracy_ci95']), bits
 
 
 def latent(run: Mapping[str, Any]) -> str:

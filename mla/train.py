@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 from ml_collections import ConfigDict
 
-from mla import backends, flops, hosts, memory, sharding, targets, terminal
+from mla import backends, flops, hosts, memory, probes, sharding, targets, terminal
 from mla import config as config_lib
 from mla import model as model_lib
 from mla.checkpoint import Checkpoints
@@ -30,6 +30,7 @@ from mla.optimizer import make_optimizer, make_schedule
 from mla.profile import Trace
 from mla.signals import CAUGHT, Stopped, StopSignal
 from mla.step import TrainState, eval_step, init_state, jit_step
+from mla.windows import fill_rows
 from mla.workdir import check_workdir, claim_workdir, lease_workdir
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = 'The ', 128
@@ -151,7 +152,8 @@ def _train(
 
     metrics: Metrics | NoMetrics = NoMetrics()
     if hosts.is_first():
-      tokenizers.save(data.tokenizer, workdir)
+      if not isinstance(data.tokenizer, probes.Symbols):
+        tokenizers.save(data.tokenizer, workdir)
       logger = Wandb(project, workdir, config.to_dict()) if project else None
       metrics = until_the_end.enter_context(
         Metrics(workdir, start=start, total=config.num_steps, wandb=logger)
@@ -168,9 +170,7 @@ def _train(
     metrics.say(f'compiled the training step in {time.monotonic() - began:.1f} s')
     metrics.doing('the first step')
     eval_fn = jax.jit(functools.partial(eval_step, graphdef))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    sample_fn = jax.jit(functools.partial(sample_text, config, graphdef), out_shardings=everywhere)
-    prompt = np.array([[data.tokenizer.bos, *data.tokenizer.encode(SAMPLE_PROMPT)]], np.int32)
+    sample = make_sampler(config, graphdef, data.tokenizer, mesh)
     schedule = make_schedule(config)
     trace = Trace(workdir / 'tensorboard', start, profile if hosts.is_first() else 0)
     until_the_end.callback(trace.close)
@@ -213,12 +213,14 @@ def _train(
         evaluation = evaluate(eval_fn, state.params, windows, data, config, mesh)
         _check_finite(evaluation, step, checkpoints)
         metrics.write(step, evaluation)
-        loss, bits = evaluation['eval_loss'], evaluation['eval_bits_per_byte']
-        said = f'step {step}  eval loss {loss:.4f}  {bits:.4f} bits per byte; it writes:'
-        sampled = sample_fn(state.params, jax.random.fold_in(state.key, state.step), prompt)
-        text = SAMPLE_PROMPT + data.tokenizer.decode(np.asarray(sampled[0]))
-        metrics.write_text(step, 'sample', text)
-        metrics.say(f'{said}\n{terminal.quoted(text)}')
+        said = f'step {step}  eval loss {evaluation["eval_loss"]:.4f}'
+        if sample is None:
+          metrics.say(f'{said}  accuracy {evaluation["eval_accuracy"]:.4f}')
+        else:
+          text = sample(state)
+          metrics.write_text(step, 'sample', text)
+          bits = evaluation['eval_bits_per_byte']
+          metrics.say(f'{said}  {bits:.4f} bits per byte; it writes:\n{terminal.quoted(text)}')
         if report is not None:
           report(step, evaluation)
         since, since_step = time.monotonic(), step
@@ -242,18 +244,40 @@ def _train(
 def evaluate(
   eval_fn, params, windows: EvalWindows, data: Data, config: ConfigDict, mesh
 ) -> dict[str, float]:
-  """Loss (nats a token) and bits per byte over the windows, without a cache (eval.py reads one)."""
-  nll, count = 0.0, 0
+  """Loss (nats a token) and bits per byte over the windows, without a cache (eval.py reads one).
+
+  Of a probe accuracy takes the place of bits per byte.
+  """
+  nll, count, right = 0.0, 0, 0
   size = config.batch_size // config.accumulation_steps  # what training has memory for
   here = sharding.rows_here(size, mesh)
   for start in range(0, len(windows.tokens), size):
     tokens, mask = (rows[start : start + size] for rows in windows)
-    fill = ((0, size - len(tokens)), (0, 0))
-    batch = [sharding.put_batch(np.pad(rows, fill)[here], mesh, size) for rows in (tokens, mask)]
-    part, targets = eval_fn(params, *batch)
-    nll, count = nll + float(part), count + int(targets)
+    filled = (fill_rows(rows, size)[here] for rows in (tokens, mask))
+    part = eval_fn(params, *(sharding.put_batch(rows, mesh, size) for rows in filled))
+    nll, count = nll + float(part['nll']), count + int(part['targets'])
+    right += int(part.get('right', 0))
+  if isinstance(data.tokenizer, probes.Symbols):
+    return {'eval_loss': nll / count, 'eval_accuracy': right / count}
   text = int(np.sum(data.tokenizer.byte_lengths[windows.tokens[:, 1:]] * windows.mask))
   return {'eval_loss': nll / count, 'eval_bits_per_byte': nll / (math.log(2) * text)}
+
+
+def make_sampler(
+  config: ConfigDict, graphdef, tokenizer: tokenizers.Tokenizer | probes.Symbols, mesh
+) -> Callable[[TrainState], str] | None:
+  """What makes text of a state of training; None for a probe, which has none."""
+  if isinstance(tokenizer, probes.Symbols):
+    return None
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  sample_fn = jax.jit(functools.partial(sample_text, config, graphdef), out_shardings=everywhere)
+  prompt = np.array([[tokenizer.bos, *tokenizer.encode(SAMPLE_PROMPT)]], np.int32)
+
+  def sample(state: TrainState) -> str:
+    sampled = sample_fn(state.params, jax.random.fold_in(state.key, state.step), prompt)
+    return SAMPLE_PROMPT + tokenizer.decode(np.asarray(sampled[0]))
+
+  return sample
 
 
 def sample_text(
@@ -278,10 +302,11 @@ def describe(config: ConfigDict, model: model_lib.Decoder, data: Data, mesh, ori
   devices = ' x '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
   whole = sharding.whole_weights(nnx.state(model, nnx.Param), mesh)
   named = ', '.join(f'{name} {nbytes:,} bytes' for name, nbytes in whole.items())
+  amount = data.train.amount()
   lines = [
     f'{config.attention}: {total:,} parameters, {body:,} without embeddings; '
     f'{cache.bytes_per_token():,.0f} bytes of KV cache a token in bfloat16',
-    f'{len(data.train.tokens):,} training tokens; {config.num_steps} steps of '
+    f'{amount}; {config.num_steps} steps of '
     f'{config.batch_size * config.seq_len:,}; {jax.default_backend()} mesh {devices}; {origin}',
   ]
   if whole:

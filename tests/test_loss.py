@@ -168,6 +168,6 @@ def test_masked_evaluation_with_chunks(shape, small_chunks):
   logits = forward(nnx.merge(graphdef, params), tokens[:, :-1])
   nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
   with jax.set_mesh(mesh_of(shape)):
-    found, count = jax.jit(functools.partial(step_lib.eval_step, graphdef))(params, tokens, mask)
-  assert int(count) == BATCH * LENGTH // 3
-  np.testing.assert_allclose(found, np.sum(np.asarray(nll)[np.asarray(mask)]), rtol=1e-5)
+    found = jax.jit(functools.partial(step_lib.eval_step, graphdef))(params, tokens, mask)
+  assert int(found['targets']) == BATCH * LENGTH // 3
+  np.testing.assert_allclose(found['nll'], np.sum(np.asarray(nll)[np.asarray(mask)]), rtol=1e-5)

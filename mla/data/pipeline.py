@@ -11,12 +11,15 @@ import numpy as np
 from jaxtyping import Bool, Int, Integer
 from ml_collections import ConfigDict
 
+from mla import probes
 from mla.data import bpe, corpora, token_files, tokenizers
 from mla.data.documents import Documents, Raw, digest, parts
 from mla.data.tokenizers import Tokenizer
 from mla.errors import UserError
+from mla.windows import inputs_and_targets, scored
 
 SMALL = 2**26  # bytes of text that are read at each start, where a token is a byte
+MOST_WINDOWS = 2**40  # of a probe, so that no run meets their end
 
 
 class TokenStream(NamedTuple):
@@ -24,17 +27,21 @@ class TokenStream(NamedTuple):
 
   tokens: Integer[np.ndarray, ' n']
 
+  def amount(self) -> str:
+    """How much it is, for people."""
+    return f'{len(self.tokens):,} training tokens'
+
 
 class Data(NamedTuple):
-  tokenizer: Tokenizer
-  train: TokenStream
-  validation: TokenStream
+  tokenizer: Tokenizer | probes.Symbols
+  train: TokenStream | probes.Stream
+  validation: TokenStream | probes.Stream
   digest: str  # identifies both streams
   place: str  # where the tokens are, for people
 
 
 class EvalWindows(NamedTuple):
-  tokens: Int[np.ndarray, 'W window']  # seq_len + 1 wide
+  tokens: Int[np.ndarray, 'W window *row']  # as mla/windows.py has them
   mask: Bool[np.ndarray, 'W T']  # the targets that are real
 
 
@@ -42,8 +49,14 @@ def load_data(config: ConfigDict, stopping: Callable[[], bool] = lambda: False) 
   """The tokenizer and both streams that config.data names; UserError if they cannot be had.
 
   A small text in bytes is read into memory; all else is prepared once as token files and opened.
-  Raises signals.Stopped if stopping() while they are made.
+  Raises signals.Stopped if stopping() while they are made. A probe's windows are made as they are
+  read.
   """
+  probe = probes.parse(config)
+  if probe is not None:
+    symbols = probes.symbols(probe)
+    train, validation = (probes.Stream(probe, held_out) for held_out in (False, True))
+    return Data(symbols, train, validation, symbols.digest, 'made as it is read')
   sources = {split: corpora.open_documents(config.data, split) for split in token_files.SPLITS}
   spec = config.data.tokenizer
   tokenizer = tokenizers.ready(spec)
@@ -129,9 +142,18 @@ def load_run_data(workdir: Path, config: ConfigDict) -> Data:
 
 
 def load_tokenizer(workdir: Path, config: ConfigDict) -> Tokenizer:
-  """The run's own, or else what load_data makes of its text."""
-  own = tokenizers.load(config.data.tokenizer, workdir)
-  return load_data(config).tokenizer if own is None else own
+  """The run's own, or else what load_data makes of its text; UserError for a probe, without any."""
+  own = None if probes.asked(config) else tokenizers.load(config.data.tokenizer, workdir)
+  return text_tokenizer(config, load_data(config).tokenizer) if own is None else own
+
+
+def text_tokenizer(config: ConfigDict, tokenizer: Tokenizer | probes.Symbols) -> Tokenizer:
+  """The tokenizer; UserError for a probe, which has none."""
+  if isinstance(tokenizer, probes.Symbols):
+    raise UserError(
+      f'data.dataset={config.data.dataset}: a probe has no text; eval.py reads its runs'
+    )
+  return tokenizer
 
 
 def make_stream(documents: list[Raw], tokenizer: Tokenizer) -> Integer[np.ndarray, ' n']:
@@ -140,8 +162,14 @@ def make_stream(documents: list[Raw], tokenizer: Tokenizer) -> Integer[np.ndarra
   return np.concatenate(found)
 
 
+def window_shape(config: ConfigDict) -> tuple[int, ...]:
+  """Of one of train_batches' windows."""
+  probe = probes.parse(config)
+  return (config.seq_len + 1,) if probe is None else (config.seq_len, probe.parts + 1)
+
+
 def train_batches(
-  stream: TokenStream,
+  stream: TokenStream | probes.Stream,
   *,
   seq_len: int,
   batch_size: int,
@@ -152,8 +180,13 @@ def train_batches(
 
   Windows lie at stride seq_len and are shuffled anew each epoch. A batch's row is the same window
   whatever process reads it, so the position is a single number, the batches taken, whatever the
-  number of processes and the mesh.
+  number of processes and the mesh. Of a probe they are [batch_size, *row], drawn with this seed.
   """
+  mine = slice(None) if rows is None else rows
+  if isinstance(stream, probes.Stream):
+    numbers = grain.MapDataset.range(MOST_WINDOWS).batch(batch_size)
+    drawn = numbers.map(lambda batch: np.stack([stream.window(i, seed) for i in batch[mine]]))
+    return _in_order(drawn)
   count = (len(stream.tokens) - 1) // seq_len
   if count < batch_size:
     raise UserError(
@@ -162,9 +195,12 @@ def train_batches(
     )
   views = np.lib.stride_tricks.sliding_window_view(stream.tokens, seq_len + 1)[::seq_len]
   order = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
-  mine = slice(None) if rows is None else rows
   batches = order.batch(batch_size).map(lambda indices: views[indices[mine]].astype(np.int32))
-  # The text is in memory: threads would only cost.
+  return _in_order(batches)
+
+
+def _in_order(batches: grain.MapDataset) -> grain.DatasetIterator:
+  # All is in memory, or soon made: threads would only cost.
   return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
@@ -174,12 +210,18 @@ def skip_to(batches: grain.DatasetIterator, taken: int) -> None:
 
 
 def eval_windows(
-  stream: TokenStream, *, seq_len: int, max_tokens: int | None = None
+  stream: TokenStream | probes.Stream, *, seq_len: int, max_tokens: int | None = None
 ) -> EvalWindows:
   """Windows in which every token but the first is a target exactly once; the last is padded.
 
   With max_tokens: about that many targets in whole windows, evenly spread.
   """
+  if isinstance(stream, probes.Stream):
+    count = probes.HELD_OUT
+    if max_tokens is not None:
+      count = min(count, max(1, max_tokens // stream.probe.queries))
+    windows = np.stack([stream.window(index) for index in range(count)])
+    return EvalWindows(windows, scored(inputs_and_targets(windows)[1]))
   targets = len(stream.tokens) - 1
   if targets < 1:
     raise UserError('data: the validation text holds no token to predict; take more text')

@@ -1,0 +1,1 @@
+"""Probes: tasks in which what the cache keeps is all that counts (mla/probes.py)."""
