@@ -185,7 +185,7 @@ def train_batches(
   mine = slice(None) if rows is None else rows
   if isinstance(stream, probes.Stream):
     numbers = grain.MapDataset.range(MOST_WINDOWS).batch(batch_size)
-    drawn = numbers.map(lambda batch: np.stack([stream.window(i, seed) for i in batch[mine]]))
+    drawn = numbers.map(lambda batch: np.stack([stream.window(int(i), seed) for i in batch[mine]]))
     return _in_order(drawn)
   count = (len(stream.tokens) - 1) // seq_len
   if count < batch_size:
