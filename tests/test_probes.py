@@ -158,12 +158,12 @@ def test_only_what_is_asked_is_scored():
   config = probe_config('payload', batch_size=8)
   model = make_model(config, probes.parse(config).vocab)
   graphdef, params = nnx.split(model)
-  windows = jnp.asarray(batch_of(config))
+  batch = batch_of(config)
+  windows, real = jnp.asarray(batch), np.nonzero(batch[..., -1] >= 0)
 
   def by_hand(params):
     logits = forward(nnx.merge(graphdef, params), windows[..., :-1])
-    real = np.nonzero(windows[..., -1] >= 0)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits[real], windows[..., -1][real])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[real], batch[..., -1][real])
     return jnp.mean(losses)
 
   expected, slope = jax.jit(jax.value_and_grad(by_hand))(params)
