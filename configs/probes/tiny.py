@@ -11,10 +11,10 @@ def get_config():
   config.head_dim = 16
   config.param_budget = 80_000
   config.seq_len = 64
-  config.batch_size = 32
-  config.num_steps = 1500
-  config.learning_rate = 4e-3
-  config.warmup_steps = 150
+  config.batch_size = 16
+  config.num_steps = 1000
+  config.learning_rate = 5e-3
+  config.warmup_steps = 100
   config.eval_every = 500
   config.checkpoint_every = 500
   config.log_every = 100

@@ -1,7 +1,7 @@
 """What a cache forgets: full, shared, fewer and smaller heads, and six latents, at equal bytes.
 
   python sweep.py --config=configs/probes/payload.py --arms=configs/sweeps/probes.py \\
-    --sweep=learning_rate=2e-3,4e-3,8e-3 --sweep=seed=0,1,2,3 --tune_on_first_seed \\
+    --sweep=learning_rate=3e-3,5e-3,8e-3 --sweep=seed=0,1,2,3 --tune_on_first_seed \\
     --reference=mha --workdir=runs/payload
 
 Likewise with configs/probes/multikey.py, copy.py and mqar.py. Bytes are those of a bfloat16 cache,

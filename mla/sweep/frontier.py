@@ -173,7 +173,7 @@ def _figures(arm: Arm, folder: Path) -> dict[str, Any]:
     'half_width': _finite(arm.mean.half_width()),
     'ci95': _bounds(arm.mean, stats.LEVEL),
     'seeds_for_width': stats.seeds_for_width(arm.mean, WIDTH),
-    'mean_bits_per_byte': float(np.mean([line['bits_per_byte'] for line in arm.lines])),
+    'mean_bits_per_byte': _mean('bits_per_byte', arm.lines),
     'params_total': first['params_total'],
     'params_non_embedding': first['params_non_embedding'],
     'learning_rate': judged.rate,
@@ -184,6 +184,12 @@ def _figures(arm: Arm, folder: Path) -> dict[str, Any]:
     'failed': arm.failed,
     **({'prefix_of': arm.trained} if arm.trained != arm.name else {}),
   }
+
+
+def _mean(name: str, lines: Sequence[Mapping[str, Any]]) -> float | None:
+  """Of a figure over trials; None where they have none."""
+  values = [line[name] for line in lines if line.get(name) is not None]
+  return float(np.mean(values)) if values else None
 
 
 def sweet_spot_at(summary: Mapping[str, Any], margin: float) -> dict[str, Any]:

@@ -48,7 +48,7 @@ DONE = COMMON | {
   'params_non_embedding': int,
   'cache_dtype': str,
   'kv_cache_bytes_per_token': NUMBER,
-  'bits_per_byte': NUMBER,
+  'bits_per_byte': (*NUMBER, type(None)),  # None of a probe
   'tokens_evaluated': int,
   'tokens_per_second': (*NUMBER, type(None)),
 }

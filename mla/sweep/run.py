@@ -194,7 +194,7 @@ def _score(trial: Trial, workdir: Path) -> dict[str, Any]:
   # The report's interval is over seeds, and which devices a trial met is no result.
   left_out = {
     *'workdir layer_dims perplexity_ci95 loss_by_position loss_by_bigram'.split(),
-    'kv_cache_bytes_per_token_per_device',
+    *'kv_cache_bytes_per_token_per_device accuracy_ci95'.split(),
   }
   found = []
   for figures, nll in scores:
@@ -207,7 +207,9 @@ def _score(trial: Trial, workdir: Path) -> dict[str, Any]:
   line = {**trial.line, 'status': 'done', **whole}
   if prefixes:
     told = (*widths.FIGURES, 'window_nll')
-    line['prefixes'] = [{name: prefix[name] for name in told} for prefix in prefixes]
+    line['prefixes'] = [
+      {name: prefix[name] for name in told if name in prefix} for prefix in prefixes
+    ]
   return line
 
 

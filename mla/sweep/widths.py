@@ -11,7 +11,7 @@ from typing import Any
 # What 'prefixes' tell of each.
 FIGURES = (
   *'latent_dim params_total params_non_embedding kv_cache_bytes_per_token'.split(),
-  *'perplexity bits_per_byte loss'.split(),
+  *'perplexity bits_per_byte loss accuracy bits_recalled'.split(),
 )
 
 
