@@ -24,7 +24,7 @@ import numpy as np
 
 from mla import files
 from mla.errors import UserError
-from mla.sweep import looks, results, tuning, widths
+from mla.sweep import looks, recall, results, tuning, widths
 from mla.sweep import statistics as stats
 
 MARGIN = 0.02  # nats a token
@@ -89,11 +89,13 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
   equals, pairs = _at_equal_bytes(arms, level)
   steps = _latent_steps(arms, level)
   windows = _window_means(folder, arms)
+  recalled = recall.by_arm({arm.name: arm.lines for arm in arms}, level)
   return {
     'reference': base.name,
     'margin': margin,
     'cache_dtype': arms[0].lines[0]['cache_dtype'],
     'tokens_evaluated': arms[0].lines[0]['tokens_evaluated'],
+    **recall.sizes(arms[0].lines),
     'unlike_settings': _unlike_settings([line for arm in arms for line in arm.lines]),
     'look': look,
     'look_level': level,
@@ -114,6 +116,7 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
         'on_frontier': verdicts[arm.name],
         **equals[arm.name],
         **steps.get(arm.name, {'smaller_latent': None, 'difference_to_smaller_latent': None}),
+        **recalled.get(arm.name, {}),
       }
       for arm in arms
     ],

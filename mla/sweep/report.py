@@ -19,8 +19,12 @@ def write(folder: Path, reference: str = '', margin: float = frontier.MARGIN) ->
   frontier.write_json(summary, folder / 'frontier.json')
   plots.save(plots.frontier, folder / 'frontier.png', summary)
   files.write_whole(folder / 'report.md', written(summary))
+  shown = [frontier_table(summary)]
+  if 'probe' in summary:
+    table = _recall(summary)
+    shown.append(columns([table.heads, *table.rows], words={0}, width=terminal.width()))
   told = [verdict(summary), *warnings(summary), f'written: {folder / "report.md"}']
-  return '\n'.join([frontier_table(summary), *map(terminal.fit, told)])
+  return '\n'.join([*shown, *map(terminal.fit, told)])
 
 
 def frontier_table(summary: Mapping[str, Any]) -> str:
@@ -78,6 +82,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
       'confidence, simultaneously. The smallest arm has no rival.',
       *_frontier_rows(summary),
     ),
+    *([_recall(summary)] if 'probe' in summary else []),
     _equal_bytes(summary),
     _latents(summary),
     _compute(summary),
@@ -299,6 +304,35 @@ def _equal_bytes(summary: Mapping[str, Any]) -> Table:
   pairs = summary['pairs_at_equal_bytes']
   heads = ['bytes/token', 'arm', 'loss', '+/- (95 %, two-sided)', _simultaneous('the best', pairs)]
   return Table('At equal bytes', '' if rows else 'No two arms have the same bytes.', heads, rows)
+
+
+def _recall(summary: Mapping[str, Any]) -> Table:
+  """A probe's accuracy: of each arm, and against the best of as many bytes."""
+  probe = summary['probe']
+  note = (
+    f'{probe["task"]}: {probe["records"]} records of {probe["attributes"]} values of '
+    f'{probe["alphabet"]}, {probe["bits_held"]:,.0f} bits a window; guessing is right with '
+    f'{1 / probe["alphabet"]:.4f}. *bits* are those of a window that come back (mla/probes.py).'
+  )
+  rows = []
+  for arm in summary['arms']:
+    found = arm['recall']
+    d, half = found['difference_at_equal_bytes'], found['half_width_at_equal_bytes']
+    against = (
+      '-' if d is None else f'{d:+.4f} +/- {_number(half)} to {found["best_of_equal_bytes"]}'
+    )
+    rows.append([
+      arm['arm'],
+      f'{arm["kv_cache_bytes_per_token"]:,.0f}',
+      f'{found["mean_accuracy"]:.4f}',
+      _number(found['half_width']),
+      f'{found["bits_recalled"]:,.1f}',
+      against,
+    ])  # fmt: skip
+  pairs = summary['arms'][0]['recall']['pairs_at_equal_bytes']
+  to = _simultaneous('the best of as many bytes', pairs)
+  heads = ['arm', 'bytes/token', 'accuracy', '+/- (95 %, two-sided)', 'bits', to]
+  return Table('Recall', note, heads, rows)
 
 
 def _latents(summary: Mapping[str, Any]) -> Table:

@@ -1,0 +1,81 @@
+"""What a probe says of caches (mla/probes.py): accuracy against the bytes they keep."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+
+from mla.plots import labels, panels
+from mla.plots.styles import PALE, styles
+
+
+def recall(figure: Figure, summaries: Sequence[Mapping[str, Any]], title: str) -> None:
+  """A panel a sweep: each arm's mean accuracy with 95 % over seeds; a line through the latents.
+
+  The dotted line is what guessing gets.
+  """
+  panes = list(figure.subplots(1, len(summaries), sharey=True, squeeze=False)[0])
+  labels.headline(figure, title)
+  family = styles(arm['attention'] for summary in summaries for arm in summary['arms'])
+  shown = [[arm['kv_cache_bytes_per_token'] for arm in s['arms']] for s in summaries]
+  limits = panels.log_limits([size for sizes in shown for size in sizes])
+  for axes, summary, sizes in zip(panes, summaries, shown, strict=True):
+    probe = summary['probe']
+    axes.set_title(
+      f'{probe["task"]}, {probe["bits_held"] / probe["records"]:g} bits a record',
+      loc='left',
+      fontsize='medium',
+    )
+    latents = []
+    for arm, x in zip(summary['arms'], panels.side_by_side(sizes, limits), strict=True):
+      look, found = family[arm['attention']], arm['recall']
+      axes.errorbar(
+        [x], [found['mean_accuracy']], yerr=[found['half_width'] or 0], color=look.colour,
+        marker=look.marker, capsize=2.5, linewidth=1.2,
+      )  # fmt: skip
+      if arm['latent_dim']:
+        latents.append((x, found['mean_accuracy']))
+    if latents:
+      axes.plot(*zip(*sorted(latents), strict=True), color=PALE, linewidth=1.2, zorder=1)
+    axes.axhline(1 / probe['alphabet'], color=PALE, linestyle=':')
+    axes.set_ylim(-0.03, 1.06)
+    panels.log_axis(axes, limits)
+    axes.set_xlabel('KV cache, bytes per token')
+  panes[0].set_ylabel('share of answers that are right')
+  keys: list[Artist] = [panels.key(look) for look in family.values()]
+  labels.legend(figure, keys, columns=len(keys))
+  labels.settle(figure)
+  for axes, sizes in zip(panes, shown, strict=True):
+    panels.log_ticks(axes, sizes, [min(sizes), max(sizes)])
+
+
+def knees(figure: Figure, summaries: Sequence[Mapping[str, Any]], title: str) -> None:
+  """MLA's accuracy against the bits that its cache keeps, over those that a record holds.
+
+  Where the cache is what binds, sweeps over records of unlike size lie on one line.
+  """
+  axes = figure.subplots()
+  labels.headline(figure, title)
+  keys: list[Artist] = []
+  sizes = []
+  for summary, line in zip(summaries, ('-', '--', ':', '-.'), strict=False):
+    probe = summary['probe']
+    bits = probe['bits_held'] / probe['records']
+    points = sorted(
+      (8 * arm['kv_cache_bytes_per_token'] / bits, arm['recall']['mean_accuracy'])
+      for arm in summary['arms']
+      if arm['latent_dim']
+    )
+    sizes += [x for x, _ in points]
+    colour = styles(['mla'])['mla'].colour
+    keys += axes.plot(
+      *zip(*points, strict=True), color=colour, linestyle=line, marker='.',
+      label=f'{probe["task"]}, {bits:g} bits a record',
+    )  # fmt: skip
+  panels.log_axis(axes, panels.log_limits(sizes))
+  axes.set_xlabel('bits of the cache for each bit of a record (log scale)')
+  axes.set_ylabel('share of answers that are right')
+  labels.legend(figure, keys, columns=2)
+  labels.settle(figure)
+  panels.log_ticks(axes, sizes, [min(sizes), max(sizes)])

@@ -1,0 +1,92 @@
+"""Accuracy in a sweep's report: over which seeds, and against whom."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from pictures import faults
+from scipy import stats
+from sweeps import made_up_sweep
+
+from mla import plots
+from mla.sweep import frontier, page, recall, report, results
+
+
+def lines(arm: str, size: float, accuracies) -> list[dict]:
+  return [
+    {
+      'arm': arm, 'seed': seed, 'kv_cache_bytes_per_token': size, 'accuracy': accuracy,
+      'bits_recalled': 100 * accuracy, 'probe': 'payload', 'records': 16, 'attributes': 4,
+      'alphabet': 16, 'bits_held': 256.0,
+    }
+    for seed, accuracy in enumerate(accuracies, 1)
+  ]  # fmt: skip
+
+
+ARMS = {
+  'mqa': lines('mqa', 32.0, [0.4, 0.5, 0.45]),
+  'c4': lines('c4', 32.0, [0.3, 0.2, 0.25]),
+  'c28': lines('c28', 128.0, [1.0, 0.99, 1.0]),
+}
+
+
+def test_means_and_the_best_of_as_many_bytes():
+  found = {arm: told['recall'] for arm, told in recall.by_arm(ARMS, 0.05).items()}
+  assert found['mqa']['mean_accuracy'] == pytest.approx(0.45)
+  assert found['c4']['bits_recalled'] == pytest.approx(25)
+  assert found['c4']['best_of_equal_bytes'] == 'mqa'
+  assert found['mqa']['difference_at_equal_bytes'] is None
+  ours, theirs = ([line['accuracy'] for line in ARMS[arm]] for arm in ('c4', 'mqa'))
+  interval = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+  d, half = (found['c4'][f'{what}_at_equal_bytes'] for what in ('difference', 'half_width'))
+  np.testing.assert_allclose([d - half, d + half], interval, rtol=1e-6)
+  assert recall.by_arm({'mha': [{'loss': 1.0}]}, 0.05) == {}
+
+
+def summary(bits_factor: int = 1) -> dict:
+  found = recall.by_arm(ARMS, 0.05)
+  sizes = recall.sizes(ARMS['mqa'])
+  sizes['probe']['bits_held'] *= bits_factor
+  return {
+    **sizes,
+    'arms': [
+      {
+        'arm': arm,
+        'attention': 'mqa' if arm == 'mqa' else 'mla',
+        'latent_dim': None if arm == 'mqa' else int(arm[1:]),
+        'kv_cache_bytes_per_token': of[0]['kv_cache_bytes_per_token'],
+        **found[arm],
+      }
+      for arm, of in ARMS.items()
+    ],
+  }
+
+
+def test_the_knee_is_half_way_from_guessing():
+  size = recall.knee(summary())
+  share = (0.5 + 0.5 / 16 - 0.25) / (299 / 300 - 0.25)
+  assert size == pytest.approx(32 * 4**share, rel=0.01)
+  assert recall.knee(summary(), 'mqa') is None
+
+
+@pytest.mark.parametrize('draw', [plots.recall, plots.knees])
+def test_pictures_have_no_overlapping_text(draw):
+  figure = Figure(figsize=(8, 4.5), layout='constrained')
+  draw(figure, [summary(), summary(2)], 'What is claimed')
+  assert not faults(figure)
+
+
+def test_a_report_tells_accuracy_beside_loss(tmp_path):
+  folder = made_up_sweep(tmp_path)
+  kept = results.Results(folder)
+  for line in results.read_lines(folder / 'results.jsonl'):
+    accuracy = 2.2 - line['loss']  # 1.0 of the best
+    (made,) = lines(line['arm'], line['kv_cache_bytes_per_token'], [accuracy])
+    kept.add({**made, **line, 'bits_per_byte': None})
+  told = report.write(folder)
+  assert 'payload: 16 records of 4 values of 16' in (folder / 'report.md').read_text()
+  (row,) = (row for row in told.split('accuracy')[1].splitlines() if row.startswith('c4'))
+  assert row.split()[1:3] == ['8', '0.8990']
+  page.write(folder, {})
+  summary = frontier.summarise(folder)
+  assert summary['arms'][0]['mean_bits_per_byte'] is None
+  assert 'probe' not in frontier.summarise(made_up_sweep(tmp_path / 'text'))
