@@ -84,7 +84,7 @@ def test_a_report_tells_accuracy_beside_loss(tmp_path):
     kept.add({**made, **line, 'bits_per_byte': None})
   told = report.write(folder)
   assert 'payload: 16 records of 4 values of 16' in (folder / 'report.md').read_text()
-  (row,) = (row for row in told.split('accuracy')[1].splitlines() if row.startswith('c4'))
+  (row,) = (row for row in told.split('accuracy')[1].splitlines() if row.startswith('c4 '))
   assert row.split()[1:3] == ['8', '0.8990']
   page.write(folder, {})
   summary = frontier.summarise(folder)
