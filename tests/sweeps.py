@@ -5,6 +5,7 @@ from pathlib import Path
 
 import test_sweep
 
+from mla.sweep import results as results_lib
 from mla.sweep import run as sweep
 from mla.sweep import trials
 
@@ -39,4 +40,15 @@ def made_up_sweep(folder: Path, more: Mapping[str, tuple[str, float, float]] | N
       if arm == 'c4':  # what training costs is not always known
         line['flops_per_token'] = line['training_memory'] = None
       results.add(line)
+  return folder
+
+
+def made_up_probe(folder: Path, attributes: int = 4) -> Path:
+  """The same of a probe: accuracies that fall as the losses rise."""
+  kept = results_lib.Results(made_up_sweep(folder))
+  probe = {'probe': 'payload', 'records': 16, 'attributes': attributes, 'alphabet': 16}
+  for line in results_lib.read_lines(folder / 'results.jsonl'):
+    accuracy = 2.2 - line['loss']
+    recalled = {'accuracy': accuracy, 'bits_recalled': 100 * accuracy, 'bits_held': 64 * attributes}
+    kept.add({**line, **probe, **recalled, 'bits_per_byte': None})
   return folder

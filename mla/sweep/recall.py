@@ -80,3 +80,13 @@ def knee(summary: Mapping[str, Any], attention: str = 'mla') -> float | None:
     if low < half <= high:
       return math.exp(x + (other - x) * (half - low) / (high - low))
   return None
+
+
+def claim(summaries: Sequence[Mapping[str, Any]]) -> str:
+  """Where each sweep's latents are half-way, in a sentence."""
+  told = []
+  for summary in summaries:
+    probe, size = summary['probe'], knee(summary)
+    where = 'at none of these sizes' if size is None else f'at {size:.0f} bytes'
+    told.append(f'with {probe["bits_held"] / probe["records"]:g} bits a record {where}')
+  return f'{summaries[0]["probe"]["task"]}: MLA is half-way from guessing {", ".join(told)}'

@@ -21,7 +21,7 @@ def write(folder: Path, reference: str = '', margin: float = frontier.MARGIN) ->
   files.write_whole(folder / 'report.md', written(summary))
   shown = [frontier_table(summary)]
   if 'probe' in summary:
-    table = _recall(summary)
+    table = recall_table(summary)
     shown.append(columns([table.heads, *table.rows], words={0}, width=terminal.width()))
   told = [verdict(summary), *warnings(summary), f'written: {folder / "report.md"}']
   return '\n'.join([*shown, *map(terminal.fit, told)])
@@ -82,7 +82,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
       'confidence, simultaneously. The smallest arm has no rival.',
       *_frontier_rows(summary),
     ),
-    *([_recall(summary)] if 'probe' in summary else []),
+    *([recall_table(summary)] if 'probe' in summary else []),
     _equal_bytes(summary),
     _latents(summary),
     _compute(summary),
@@ -306,7 +306,7 @@ def _equal_bytes(summary: Mapping[str, Any]) -> Table:
   return Table('At equal bytes', '' if rows else 'No two arms have the same bytes.', heads, rows)
 
 
-def _recall(summary: Mapping[str, Any]) -> Table:
+def recall_table(summary: Mapping[str, Any]) -> Table:
   """A probe's accuracy: of each arm, and against the best of as many bytes."""
   probe = summary['probe']
   note = (

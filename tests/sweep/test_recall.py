@@ -5,10 +5,10 @@ import pytest
 from matplotlib.figure import Figure
 from pictures import faults
 from scipy import stats
-from sweeps import made_up_sweep
+from sweeps import made_up_probe, made_up_sweep
 
 from mla import plots
-from mla.sweep import frontier, page, recall, report, results
+from mla.sweep import frontier, page, recall, report
 
 
 def lines(arm: str, size: float, accuracies) -> list[dict]:
@@ -76,12 +76,7 @@ def test_pictures_have_no_overlapping_text(draw):
 
 
 def test_a_report_tells_accuracy_beside_loss(tmp_path):
-  folder = made_up_sweep(tmp_path)
-  kept = results.Results(folder)
-  for line in results.read_lines(folder / 'results.jsonl'):
-    accuracy = 2.2 - line['loss']  # 1.0 of the best
-    (made,) = lines(line['arm'], line['kv_cache_bytes_per_token'], [accuracy])
-    kept.add({**made, **line, 'bits_per_byte': None})
+  folder = made_up_probe(tmp_path)
   told = report.write(folder)
   assert 'payload: 16 records of 4 values of 16' in (folder / 'report.md').read_text()
   (row,) = (row for row in told.split('accuracy')[1].splitlines() if row.startswith('c4 '))
@@ -89,4 +84,5 @@ def test_a_report_tells_accuracy_beside_loss(tmp_path):
   page.write(folder, {})
   summary = frontier.summarise(folder)
   assert summary['arms'][0]['mean_bits_per_byte'] is None
+  (tmp_path / 'text').mkdir()
   assert 'probe' not in frontier.summarise(made_up_sweep(tmp_path / 'text'))
