@@ -16,13 +16,21 @@ WINDOWS = np.asarray(jax.random.randint(jax.random.key(5), (3, 21), 0, VOCAB))
 CONFIG = tiny_config('mla_nested')
 
 
+def trained_model():
+  """Whose later blocks say something, as they don't at first."""
+  model = make_model(CONFIG, VOCAB)
+  for key, up in enumerate((model.blocks.attention.w_uk, model.blocks.attention.w_uv)):
+    up[...] = jax.random.normal(jax.random.key(key), up[...].shape) / 4
+  return model
+
+
 def predictions(model):
   cache = allocate_cache(model, batch=3, slots=20, dtype='float32')
   return jax.nn.log_softmax(decode(model, cache, jnp.asarray(WINDOWS[:, :-1]))[0])
 
 
 def test_the_divergence_is_that_of_the_model_that_is_cut():
-  model = make_model(CONFIG, VOCAB)
+  model = trained_model()
   whole, cut = predictions(model), predictions(cut_layers(model, CONFIG, (8, 4)))
   expected = np.mean(np.sum(np.exp(whole) * (whole - cut), axis=-1))
   np.testing.assert_allclose(budgets.divergence(model, WINDOWS, (8, 4)), expected, rtol=1e-3)
@@ -40,7 +48,7 @@ def test_each_step_takes_what_adds_least_for_what_it_frees(monkeypatch):
 
 
 def test_a_layer_that_reads_nothing_of_its_latent_is_cut_first():
-  model = make_model(CONFIG, VOCAB)
+  model = trained_model()
   attention = model.blocks.attention
   for up in (attention.w_uk, attention.w_uv):
     up[...] = up[...].at[1].set(0)

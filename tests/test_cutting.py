@@ -20,6 +20,8 @@ def model_of(arm: str):
   model = make_model(tiny_config(arm), VOCAB)
   gain = model.blocks.attention.latent_norm.gain  # no longer all alike, as after training
   gain[...] = 1 + 0.3 * jnp.cos(jnp.arange(gain[...].size)).reshape(gain[...].shape)
+  for key, up in enumerate((model.blocks.attention.w_uk, model.blocks.attention.w_uv)):
+    up[...] = jax.random.normal(jax.random.key(key), up[...].shape) / 4
   return model
 
 

@@ -31,7 +31,20 @@ def whole_model(dtype: str = 'float32'):
   model = make_model(tiny_config('mla_nested', dtype=dtype), VOCAB)
   gain = model.blocks.attention.latent_norm.gain  # no longer all alike, as after training
   gain[...] = 1 + 0.3 * jnp.cos(jnp.arange(gain[...].size)).reshape(gain[...].shape)
+  for key, up in enumerate((model.blocks.attention.w_uk, model.blocks.attention.w_uv)):
+    up[...] = jax.random.normal(jax.random.key(key), up[...].shape) / 4
   return model
+
+
+def test_training_begins_with_every_width_the_narrowest_model():
+  model = make_model(tiny_config('mla_nested'), VOCAB)
+  expected = forward(model, TOKENS)
+  for width in WIDTHS[:-1]:
+    cut = cut_latent(model, tiny_config('mla_nested'), width)[0]
+    np.testing.assert_allclose(forward(cut, TOKENS), expected, atol=2e-5)
+  # Keys of unit variance, as a model of that width draws them.
+  up = model.blocks.attention.w_uk[...][:, : WIDTHS[0]]
+  assert abs(float(jnp.std(up)) * WIDTHS[0] ** 0.5 - 1) < 0.1
 
 
 @functools.cache
@@ -121,8 +134,8 @@ def test_widths_are_drawn_anew_each_step_and_the_same_again():
   again = nested.draw_widths((8, 16, 64), key, jnp.int32(7), 8)
   np.testing.assert_array_equal(drawn[7], again)
   assert set(drawn.ravel()) == {8, 16, 64}
-  # A quarter and a third of a half.
-  for width, share in ((8, 5 / 12), (16, 1 / 6), (64, 5 / 12)):
+  # A half or a quarter, and a third of a quarter.
+  for width, share in ((8, 1 / 3), (16, 1 / 12), (64, 7 / 12)):
     assert abs(np.mean(drawn == width) - share) < 0.04
   # No row is always whole, or a device that has it alone would learn but one width.
   assert np.all([len(set(drawn[:, row])) == 3 for row in range(8)])
