@@ -145,7 +145,9 @@ def test_training_steps_cut_by_the_state_that_a_checkpoint_holds():
   config = tiny_config('mla_nested', accumulation_steps=2)
   graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, VOCAB)))
   optimizer = make_optimizer(config)
-  state = step_lib.init_state(config, VOCAB, optimizer)._replace(step=jnp.int32(3))
+  params = nnx.state(whole_model(), nnx.Param)  # in which a width makes a difference
+  state = step_lib.init_state(config, VOCAB, optimizer)
+  state = state._replace(step=jnp.int32(3), params=params)
   tokens = jax.random.randint(jax.random.key(2), (8, 33), 0, VOCAB)
   _, measured = jax.jit(functools.partial(step_lib.train_step, config, graphdef, optimizer))(
     state, tokens
