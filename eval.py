@@ -4,7 +4,9 @@
   python eval.py --workdir=runs/mla_small --cache_dtype=float32,bfloat16,int8
   python eval.py --workdir=runs/mla_small --json=small.json --plot=small.png
 
-Prints a table, a line a run, by the bytes of the caches; mla/evaluate.py states the protocol.
+Prints a table, a line a run, by the bytes of the caches; mla/evaluate.py states the protocol. With
+--multihost it is one of several processes that read each run together, as train.py's train it; the
+first prints and writes.
 """
 
 # ruff: noqa: E402
@@ -29,13 +31,22 @@ LAYER_DIMS = flags.DEFINE_string(
   'layer_dims', None, 'of a nested latent as many dims as stand here for each layer: 64,32,16,8'
 )
 JSON = flags.DEFINE_string('json', None, 'write the figures here')
+MULTIHOST = flags.DEFINE_bool('multihost', False, 'read as one of several processes, all alike')
+COORDINATOR = flags.DEFINE_string('coordinator', None, 'with --multihost: HOST:PORT of process 0')
+PROCESS_ID = flags.DEFINE_integer('process_id', None, 'with --multihost: which of them this is')
+NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'with --multihost: how many there are')
 PLOT = flags.DEFINE_string('plot', None, 'draw perplexity against bytes per token here (.png)')
 
 if __name__ == '__main__':
   cli.begin(say='loading JAX')
 
-from mla import backends, evaluate, files, paths, plots, tables
+from mla import backends, evaluate, files, hosts, paths, plots, tables
 from mla.errors import UserError
+
+
+def say(line: str) -> None:
+  if hosts.is_first():
+    print(line)
 
 
 def main() -> None:
@@ -47,15 +58,22 @@ def main() -> None:
   if LAYER_DIMS.value is not None and LATENT_DIM.value is not None:
     raise UserError('--layer_dims: is in place of --latent_dim; give one of the two')
   layers = evaluate.parse_layers(LAYER_DIMS.value) if LAYER_DIMS.value is not None else None
+  for flag in (COORDINATOR, PROCESS_ID, NUM_PROCESSES):
+    if flag.present and not MULTIHOST.value:
+      raise UserError(f'--{flag.name}: goes with --multihost; add that, or leave it out')
+  if MULTIHOST.value:
+    hosts.join(COORDINATOR.value, PROCESS_ID.value, NUM_PROCESSES.value)
   backends.prepare(evaluate.BATCH)
   dtypes = list(dict.fromkeys(CACHE_DTYPE.value.split(',')))
   runs = [
     run
     for workdir in workdirs
     for run in evaluate.evaluate_caches(
-      workdir, dtypes, print, MAX_TOKENS.value, LATENT_DIM.value, layers
+      workdir, dtypes, say, MAX_TOKENS.value, LATENT_DIM.value, layers
     )
   ]
+  if not hosts.is_first():
+    return
   print('\n' + tables.compare(runs))
   if json_file:
     files.write_json(json_file, {'runs': runs})

@@ -72,6 +72,9 @@ def get_config() -> ConfigDict:
         'files': '',  # a glob to train on instead: UTF-8 text, .jsonl (.gz, .zst) or .parquet
         'validation_files': '',  # likewise; '' holds out the last tenth of each of `files`
         'tokenizer': 'bytes',  # bytes | bpe:VOCAB | hf:PATH of a tokenizer.json
+        # A window holds whatever documents follow each other. '' lets a token see all before it
+        # there, `documents` only those of its own document (docs/data.md).
+        'packing': '',  # '' | documents: whether attention keeps a window's documents apart
         'eval_tokens': 131_072,  # validation's, for the losses while training and of a sweep
         'records': 16,  # probes only: those of a window
         'attributes': 1,  # m, probe:payload and probe:multikey only: values of a record

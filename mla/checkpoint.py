@@ -247,16 +247,23 @@ class Checkpoints:
   def read_params(self, params, run: dict) -> tuple[int, Any]:
     """The newest checkpoint's step and parameters. Writes nothing, so the folder needs no rights.
 
-    Raises UserError if there is none, if it is damaged, or as restore().
+    Raises UserError if there is none, if it is damaged, or as restore(). Over several processes the
+    first says which is the newest.
     """
     while True:
-      step = self._newest()
+      step = hosts.first_decides(self._newest)
+      failure: Exception | None = None
       try:
-        return step, self._read_params(step, params, run)
-      except (UserError, MachineError):
-        if self._newest() == step:
-          raise
-        # A run at work has put a newer one in its place.
+        found = self._read_params(step, params, run)
+      except (UserError, MachineError) as error:
+        failure = error
+      if not hosts.largest(failure is not None):
+        return step, found
+      if hosts.first_decides(self._newest) == step:
+        raise failure or MachineError(
+          f'{self._path}: another process of the run cannot read it, as it says'
+        )
+      # A run at work has put a newer one in its place.
 
   def newest(self) -> tuple[dict, dict[str, tuple[int, ...]]]:
     """What the newest checkpoint says of its run, and its parameters' shapes by path."""

@@ -21,6 +21,7 @@ from mla.fields import unknown_field as unknown_field
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'latents', 'block', 'full')
 ATTENTION_IMPLS = ('auto', 'blockwise', 'cpu', 'cudnn', 'splash')
+PACKINGS = ('', 'documents')
 
 POSITIVE = (
   'num_heads head_dim num_layers d_model param_budget seq_len batch_size accumulation_steps '
@@ -32,7 +33,7 @@ OF_VARIANTS = tuple(dict.fromkeys(name for its in VARIANTS.values() for name in 
 TEXTS = (
   'attention attention_impl nested dtype remat data.dataset data.text_key data.train_split '
   'data.validation_split data.data_dir data.files data.validation_files data.tokenizer '
-  'rope_scaling'
+  'data.packing rope_scaling'
 ).split()
 GROUPS = ('data', 'mesh')
 MESH = ('mesh.data', 'mesh.fsdp', 'mesh.tensor')
@@ -57,6 +58,7 @@ ADDED: dict[str, Any] = {
   'data.records': 16,
   'data.attributes': 1,
   'data.alphabet': 16,
+  'data.packing': '',
 }
 FIELDS = {*POSITIVE, *NOT_NEGATIVE, *OF_VARIANTS, *TEXTS, *MESH, *FLOATS, *ADDED}
 
@@ -168,9 +170,11 @@ def _check_choices(config: ConfigDict) -> None:
     'dtype': DTYPES,
     'remat': REMATS,
     'attention_impl': ATTENTION_IMPLS,
+    'data.packing': PACKINGS,
   }
   for name, choices in choices_of.items():
-    _require(config[name] in choices, name, config, f'choose one of {", ".join(choices)}')
+    told = ', '.join(choice or "''" for choice in choices)
+    _require(field(config, name) in choices, name, config, f'choose one of {told}')
   for name in ('tie_embeddings', 'latent_norm'):
     _require(isinstance(config[name], bool), name, config, 'must be True or False')
   rope_scaling.parse(config.rope_scaling)

@@ -180,12 +180,15 @@ def compile_step(config: ConfigDict, vocab: int, mesh: Mesh) -> Step:
     abstract = jax.eval_shape(functools.partial(init_state, config, vocab, optimizer))
     placement = sharding.shardings(abstract, mesh)
     state = sharding.placed(abstract, placement)
-    batch = jax.ShapeDtypeStruct(
-      (config.batch_size, *window_shape(config)), jnp.int32, sharding=sharding.rows_sharding(mesh)
-    )
+    rows = sharding.rows_sharding(mesh)
+    shapes = [window_shape(config), *([(config.seq_len,)] if config.data.packing else [])]
+    batch = [
+      jax.ShapeDtypeStruct((config.batch_size, *shape), jnp.int32, sharding=rows)
+      for shape in shapes
+    ]
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: model_lib.make_model(config, vocab)))
     began = time.monotonic()
-    lowered = jit_step(config, graphdef, optimizer, placement).lower(state, batch)
+    lowered = jit_step(config, graphdef, optimizer, placement).lower(state, *batch)
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

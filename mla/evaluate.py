@@ -6,6 +6,9 @@ The protocol, so that anybody can repeat it:
 - Windows of seq_len + 1 tokens at stride seq_len: every token but the stream's first is the target
   of exactly one prediction, document starts (BOS) among them. A token sees those before it in its
   window, across document boundaries, and nothing else. The last window may be shorter.
+- Of a run with data.packing=documents a token sees only those of its own document, from the BOS it
+  begins with or the window's start on. Windows and targets are the same: the BOS behind a document
+  is predicted from that document alone, as its end.
 - Each window starts with an empty cache in the asked dtype and is fed in chunks of CHUNK tokens.
   A chunk is first written to the cache and then attends to what the cache gives back, its own
   tokens included: no key, value or latent is ever seen but through the cache. Computation is in the
@@ -20,8 +23,8 @@ The protocol, so that anybody can repeat it:
 - A probe (mla/probes.py) has no text: its windows are those that are held out, its targets those
   that it asks for, and bits_per_byte is None (null). accuracy is the share of targets that got the
   largest logit, accuracy_ci95 as perplexity_ci95, bits_recalled as mla/probes.py says.
-- loss_by_position: nats a target, by how many tokens of its window it sees: 1, 2 to 3, 4 to 7, ...
-- loss_by_bigram: nats a target, of those that stood earlier in their window behind the same token
+- loss_by_position: nats a target, by how many tokens its prediction sees: 1, 2 to 3, 4 to 7, ...
+- loss_by_bigram: nats a target, of those that stood earlier in what they see behind the same token
   ('seen'), where a cache can help beyond what text is like in general, and of the rest ('new'); of
   text only.
 """
@@ -42,7 +45,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 from ml_collections import ConfigDict
 
-from mla import backends, memory, probes, sharding, terminal
+from mla import backends, hosts, memory, probes, sharding, terminal
 from mla import cache as cache_lib
 from mla import config as config_lib
 from mla import model as model_lib
@@ -51,7 +54,7 @@ from mla.checkpoint import Checkpoints
 from mla.cutting import cut_latent, cut_layers
 from mla.data.pipeline import EvalWindows, TokenStream, eval_windows, load_run_data
 from mla.errors import UserError
-from mla.windows import are_text, fill_rows, inputs_and_targets
+from mla.windows import are_text, inputs_and_targets
 from mla.workdir import read_config
 
 CHUNK = 64
@@ -65,8 +68,8 @@ class Reading(NamedTuple):
   """What reading windows through their cache gives; sums of NLL in nats, float64."""
 
   by_window: Float[np.ndarray, ' W']
-  by_position: Float[np.ndarray, ' T']
-  seen: float  # of the targets whose bigram stood earlier in the window
+  by_position: Float[np.ndarray, ' T']  # by how many tokens it sees, from 1 on
+  seen: float  # of the targets whose bigram stood earlier in what they see
   right: Int[np.ndarray, ' W']  # targets that got the largest logit; 0 of text, where none looks
   bytes_per_token: float
   bytes_per_token_per_device: float
@@ -80,6 +83,7 @@ def evaluate_run(
 ) -> dict:
   """One run's newest checkpoint on its validation split; the keys of eval.py's JSON.
 
+  Over several processes (hosts.join) each calls this, and the other functions here, alike.
   Raises UserError for a folder that holds no run, a damaged checkpoint, or a text that is not the
   one it was trained beside.
   """
@@ -149,6 +153,7 @@ def _scores(
   except UserError:  # it was for the devices that trained it
     config.attention_impl = 'auto'
   data = load_run_data(workdir, config)
+  hosts.check_same('data.*: text and tokenizer', data.digest)
   whole, step = load_model(workdir, config, data.tokenizer.vocab_size, data.digest, mesh)
   windows = eval_windows(data.validation, seq_len=config.seq_len, max_tokens=max_tokens)
   targets = windows.mask.sum(axis=1)
@@ -183,7 +188,9 @@ def _scores(
         'bits_per_byte': float(nll.sum() / (math.log(2) * text_bytes)) if text_bytes else None,
         'tokens_evaluated': int(targets.sum()),
         'data_digest': data.digest[:16],
-        'loss_by_position': loss_by_position(read.by_position, windows.mask.sum(axis=0)),
+        'loss_by_position': loss_by_position(
+          read.by_position, by_tokens_seen(windows.mask, windows.starts)
+        ),
         **what_was_asked(data.validation, read, windows),
       },
       nll,
@@ -256,9 +263,10 @@ def load_model(
 def read_through_cache(
   model: model_lib.Decoder, windows: EvalWindows, cache_dtype: str, mesh: Mesh, chunk: int = CHUNK
 ) -> Reading:
-  """Each window's and each position's total NLL, and the cache's bytes per token slot.
+  """Each window's total NLL, that by tokens seen, and the cache's bytes per token slot.
 
-  Windows lie on data and fsdp; where they are fewer than devices, the cache's slots do.
+  Windows lie on data and fsdp; where they are fewer than devices, the cache's slots do. Over
+  several processes each is given all windows, reads those of its devices, and gets all sums.
   """
   count, length = windows.mask.shape
   devices = math.prod(mesh.shape[axis] for axis in sharding.RULES['B'])
@@ -282,21 +290,30 @@ def read_through_cache(
 
   score = make_score(graphdef, mesh, place, chunk)
   by_window, by_position, seen, right = [], np.zeros(length), 0.0, []
-  progress = terminal.Progress(-(-count // batch), f'{cache_dtype} cache')
+  progress = None
+  if hosts.is_first():
+    progress = terminal.Progress(-(-count // batch), f'{cache_dtype} cache')
+
+  def put(array: np.ndarray | None) -> Array | None:
+    if array is None:
+      return None
+    return jax.make_array_from_callback(array.shape, rows, array.__getitem__)
+
   for start in range(0, count, batch):
-    tokens = windows.tokens[start : start + batch]
+    part = windows.take(np.arange(start, start + batch))
     with jax.set_mesh(mesh):
-      (nll, hits), layers = score(params, layers, jax.device_put(fill_rows(tokens, batch), rows))
-    mask = windows.mask[start : start + batch]
-    real = np.asarray(nll, np.float64)[: len(tokens)] * mask
-    by_window.append(real.sum(axis=1))
-    hits = mask & False if hits is None else np.asarray(hits)[: len(tokens)]
-    right.append((hits & mask).sum(axis=1))
-    by_position += real.sum(axis=0)
-    if are_text(tokens):
-      seen += float(real[bigrams_seen(tokens)].sum())
-    progress.move()
-  progress.close()
+      (nll, hits), layers = score(params, layers, put(part.tokens), put(part.starts))
+    real = hosts.whole(nll).astype(np.float64) * part.mask
+    by_window.append(real.sum(axis=1)[: count - start])
+    hits = np.zeros_like(part.mask) if hits is None else hosts.whole(hits)
+    right.append((hits & part.mask).sum(axis=1)[: count - start])
+    by_position += by_tokens_seen(real, part.starts)
+    if are_text(part.tokens):
+      seen += float(real[bigrams_seen(part.tokens, part.starts)].sum())
+    if progress is not None:
+      progress.move()
+  if progress is not None:
+    progress.close()
   cache = cache_lib.Cache(layers, jnp.zeros(batch, jnp.int32))
   return Reading(
     np.concatenate(by_window),
@@ -309,27 +326,29 @@ def read_through_cache(
 
 
 def make_score(graphdef, mesh: Mesh, place, chunk: int):
-  """The compiled function (params, a cache's layers, windows) -> ((NLL, hits) [B,T], the layers).
+  """The compiled function (params, a cache's layers, windows, their starts [B,T] or None) ->
+  ((NLL, hits) [B,T], the layers).
+
 
   hits, of a probe's windows, tells where a target got the largest logit; it is None of text's, and
   where a window has no target both say nothing. The cache is read and written in one loop over
   chunks, its layers lying where `place` says.
   """
 
-  def score(params, layers, windows: Int[Array, 'B window *row']):
-    def read(cache: cache_lib.Cache, tokens: tuple[Array, Array]):
+  def score(params, layers, windows: Int[Array, 'B window *row'], starts: backends.Starts = None):
+    def read(cache: cache_lib.Cache, tokens: tuple[Array, Array, backends.Starts]):
       weights = params
       if mesh.shape['fsdp'] > 1:  # else all of them would be gathered before the loop, and held
         weights, tokens = jax.lax.optimization_barrier((params, tokens))
-      inputs, targets = tokens
-      logits, cache = model_lib.decode(nnx.merge(graphdef, weights), cache, inputs)
+      inputs, targets, starts = tokens
+      logits, cache = model_lib.decode(nnx.merge(graphdef, weights), cache, inputs, starts)
       hits = None if are_text(windows) else jnp.argmax(logits, axis=-1) == targets
       targets = targets if hits is None else jnp.maximum(targets, 0)
       nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
       layers = jax.lax.with_sharding_constraint(cache.layers, place)
       return cache_lib.Cache(layers, cache.lengths), (nll, hits)
 
-    tokens = inputs_and_targets(windows)
+    tokens = (*inputs_and_targets(windows), starts)
     batch, length = tokens[1].shape
     cache = cache_lib.Cache(layers, jnp.zeros(batch, jnp.int32))
     whole, parts = length // chunk, []
@@ -346,10 +365,21 @@ def make_score(graphdef, mesh: Mesh, place, chunk: int):
   return jax.jit(score, donate_argnums=1, out_shardings=(None, place))
 
 
+def by_tokens_seen(
+  values: Shaped[np.ndarray, 'W T'], starts: Int[np.ndarray, 'W T'] | None
+) -> Shaped[np.ndarray, ' T']:
+  """The values' sums over predictions that see 1, 2, ... T tokens."""
+  if starts is None:
+    return values.sum(axis=0)
+  total = np.zeros(values.shape[1], np.result_type(values.dtype, int))
+  np.add.at(total, np.arange(values.shape[1]) - starts, values)
+  return total
+
+
 def loss_by_position(
   nll: Float[np.ndarray, ' T'], targets: Int[np.ndarray, ' T']
 ) -> list[dict[str, Any]]:
-  """The mean of targets that see 1, 2 to 3, 4 to 7, ... tokens, of sums and counts by position."""
+  """The mean of targets that see 1, 2 to 3, 4 to 7, ... tokens, of by_tokens_seen of both."""
   found = []
   for power in range(len(nll).bit_length()):
     seen = slice(2**power - 1, 2 ** (power + 1) - 1)  # a window's first target sees one token
@@ -366,7 +396,7 @@ def what_was_asked(
 ) -> dict[str, Any]:
   """Of text its loss by what stood before; of a probe its sizes, accuracy and bits recalled."""
   if not isinstance(stream, probes.Stream):
-    seen = int(np.sum(bigrams_seen(windows.tokens) & windows.mask))
+    seen = int(np.sum(bigrams_seen(windows.tokens, windows.starts) & windows.mask))
     return {'loss_by_bigram': loss_by_bigram(read, seen, int(windows.mask.sum()))}
   probe, targets = stream.probe, windows.mask.sum(axis=1)
   accuracy = float(read.right.sum() / targets.sum())
@@ -382,11 +412,16 @@ def what_was_asked(
   }
 
 
-def bigrams_seen(tokens: Int[np.ndarray, 'B window']) -> Bool[np.ndarray, 'B T']:
-  """Of each target, whether it and the token before it stood so earlier in the window."""
+def bigrams_seen(
+  tokens: Int[np.ndarray, 'B window'], starts: Int[np.ndarray, 'B T'] | None = None
+) -> Bool[np.ndarray, 'B T']:
+  """Of each target, whether it and the token before it stood so earlier in the window, with
+  `starts` in its document there."""
   seen = np.ones((len(tokens), tokens.shape[1] - 1), bool)
   wide = tokens.astype(np.int64)
   bigrams = wide[:, :-1] * (wide.max(initial=0) + 1) + wide[:, 1:]
+  if starts is not None:  # those of another document are others
+    bigrams = bigrams * tokens.shape[1] + starts
   for row, of_window in zip(seen, bigrams, strict=True):
     row[np.unique(of_window, return_index=True)[1]] = False
   return seen

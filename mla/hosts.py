@@ -4,6 +4,7 @@ Each function is called by all of them at the same point, or the others wait for
 """
 
 import atexit
+import hashlib
 import json
 import os
 import re
@@ -117,6 +118,27 @@ def _from_first(content: bytes) -> bytes:
   mine = np.frombuffer(content, np.uint8).astype(np.int32)
   sent = multihost_utils.broadcast_one_to_all(mine if is_first() else np.zeros(size, np.int32))
   return np.asarray(sent).astype(np.uint8).tobytes()
+
+
+def check_same(what: str, value: str) -> None:
+  """UserError, in all of them, if a process has another value than the first; `what` names it."""
+  if jax.process_count() == 1:
+    return
+  mine = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8).astype(np.int32)
+  all_of_them = np.asarray(multihost_utils.process_allgather(mine))
+  others = [str(i) for i, its in enumerate(all_of_them) if (its != all_of_them[0]).any()]
+  if others:
+    which = ', '.join(others)
+    raise UserError(
+      f'{what}: process {which} of the run has other ones than process 0; give each the same files'
+    )
+
+
+def whole(array: jax.Array) -> np.ndarray:
+  """All of an array whose parts lie with several processes, in each of them."""
+  if jax.process_count() == 1:
+    return np.asarray(array)
+  return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def largest(value: int) -> int:

@@ -93,5 +93,7 @@ def _fields(theirs: ConfigDict, ours: ConfigDict) -> str:
     *'attention num_layers d_model num_heads head_dim value_head_dim ffn_dim param_budget'.split(),
     *(*config_lib.OF_VARIANTS, 'round_to', 'tie_embeddings', 'data.tokenizer'),
   ]
-  different = [f'{name}={there[name]}' for name in names if there.get(name) != here.get(name)]
+  # Either may lack a field that only its variant reads.
+  both = [(name, there.get(name, 'unset'), here.get(name, 'unset')) for name in names]
+  different = [f'{name}={theirs}' for name, theirs, ours in both if theirs != ours]
   return f'; it has {", ".join(different)}' if different else ''

@@ -18,6 +18,7 @@ from mla import generate, sharding
 from mla import model as model_lib
 from mla.cache import Cache
 from mla.data.pipeline import Data, eval_windows, load_run_data, text_tokenizer
+from mla.errors import UserError
 from mla.evaluate import load_model
 from mla.workdir import read_config
 
@@ -55,10 +56,21 @@ def write(run: Run, prompt: str, steps: int, seed: int = 0) -> str:
 
 
 def windows(run: Run, count: int) -> Int[np.ndarray, 'B window']:
-  """About so many whole windows of the validation text, evenly spread, seq_len + 1 tokens each."""
+  """About so many whole windows of the validation text, evenly spread, seq_len + 1 tokens each.
+
+  Of a run that keeps documents apart only those within one; UserError where none is.
+  """
   length = run.config.seq_len
   found = eval_windows(run.data.validation, seq_len=length, max_tokens=(count + 1) * length)
-  return found.tokens[found.mask.all(axis=1)]
+  whole = found.mask.all(axis=1)
+  if found.starts is not None:
+    whole &= found.starts[:, -1] == 0
+    if not whole.any():
+      raise UserError(
+        'data.packing=documents: no window of the validation text lies within one document, and '
+        'what is looked at here sees all of its window'
+      )
+  return found.tokens[whole]
 
 
 def kept(model: model_lib.Decoder, tokens: Int[Array | np.ndarray, 'B T']) -> dict[str, np.ndarray]:

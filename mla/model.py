@@ -23,7 +23,7 @@ from mla import cache as cache_lib
 from mla import remat
 from mla.attention import append, make_attention
 from mla.attention.rope import Positions
-from mla.backends import swiglu
+from mla.backends import Starts, swiglu
 from mla.cache import Cache
 from mla.embedding import lookup
 from mla.errors import UserError
@@ -54,7 +54,11 @@ class Block(nnx.Module):
     self.ffn = FeedForward(config, rngs)
 
   def parallel(
-    self, x: Float[Array, 'B T D'], positions: Positions, widths: Int[Array, ' B'] | None = None
+    self,
+    x: Float[Array, 'B T D'],
+    positions: Positions,
+    widths: Int[Array, ' B'] | None = None,
+    starts: Starts = None,
   ) -> tuple[Float[Array, 'B T D'], dict[str, Array]]:
     """All tokens at once; also returns what a cache would keep of them.
 
@@ -66,18 +70,22 @@ class Block(nnx.Module):
     if widths is not None:
       entries = self.attention.cut(entries, widths)
     entries = {name: checkpoint_name(entry, remat.LATENTS) for name, entry in entries.items()}
-    x = x + self.attention.attend(h, entries, positions)
+    x = x + self.attention.attend(h, entries, positions, starts)
     return x + self.ffn(self.ffn_norm(x)), entries
 
   def cached(
-    self, x: Float[Array, 'B T D'], layer: dict, positions: Int[Array, 'B T']
+    self,
+    x: Float[Array, 'B T D'],
+    layer: dict,
+    positions: Int[Array, 'B T'],
+    starts: Starts = None,
   ) -> tuple[Float[Array, 'B T D'], dict]:
     """The newest tokens: written to the cache first, so that they too are seen as it keeps them."""
     x = constrain(x, 'B', 'T', 'D_whole')
     h = self.attention_norm(x)
     entries = self.attention.compress(h, positions)
     layer = append(layer, entries, positions[:, 0], impl=self.attention.impl)
-    x = x + self.attention.attend_cached(h, layer, positions)
+    x = x + self.attention.attend_cached(h, layer, positions, starts)
     return x + self.ffn(self.ffn_norm(x)), layer
 
 
@@ -154,23 +162,28 @@ def make_model(config: ConfigDict, vocab: int) -> Decoder:
   return Decoder(config, vocab, nnx.Rngs(params=jax.random.key(config.seed, impl=PRNG)))
 
 
-def forward(model: Decoder, tokens: Int[Array, 'B T *parts']) -> Float[Array, 'B T vocab']:
+def forward(
+  model: Decoder, tokens: Int[Array, 'B T *parts'], starts: Starts = None
+) -> Float[Array, 'B T vocab']:
   """Logits of every token's successor, all positions in parallel."""
-  return model.logits(_parallel(model, tokens)[0])
+  return model.logits(_parallel(model, tokens, starts=starts)[0])
 
 
 def states(
-  model: Decoder, tokens: Int[Array, 'B T *parts'], widths: Int[Array, 'B L'] | None = None
+  model: Decoder,
+  tokens: Int[Array, 'B T *parts'],
+  widths: Int[Array, 'B L'] | None = None,
+  starts: Starts = None,
 ) -> Float[Array, 'B T D']:
   """What unembedding() makes forward's logits of; mla/loss.py does without them.
 
   widths: to which each row's nested latent is cut in each layer; None: to none.
   """
-  return model.norm(_parallel(model, tokens, widths)[0])
+  return model.norm(_parallel(model, tokens, widths, starts)[0])
 
 
 def _parallel(
-  model: Decoder, tokens: Array, widths: Array | None = None
+  model: Decoder, tokens: Array, widths: Array | None = None, starts: Array | None = None
 ) -> tuple[Array, dict[str, Array]]:
   """The last block's output, and what a cache would keep: entries[name] is [L, B, T, *shape]."""
   positions = np.arange(tokens.shape[1])[None]
@@ -178,7 +191,7 @@ def _parallel(
 
   def block(x, layer):
     leaves, widths = layer
-    return nnx.merge(graphdef, leaves).parallel(x, positions, widths)
+    return nnx.merge(graphdef, leaves).parallel(x, positions, widths, starts)
 
   # Rolled, a scan stacks what the backward pass needs and costs a step 12 %; but only a loop's body
   # is safe from having its recomputation merged away, so remat keeps it.
@@ -224,9 +237,11 @@ def prefill(
 
 
 def decode(
-  model: Decoder, cache: Cache, tokens: Int[Array, 'B T *parts']
+  model: Decoder, cache: Cache, tokens: Int[Array, 'B T *parts'], starts: Starts = None
 ) -> tuple[Float[Array, 'B T vocab'], Cache]:
   """Appends T tokens to every row; returns their logits, all they attend to read from the cache.
+
+  starts: from which slot on each token sees it.
 
   A row without T slots left is lost: its T tokens are not written, their logits and all later ones
   are NaN. The other rows are as ever. ValueError for more tokens than slots.
@@ -237,7 +252,7 @@ def decode(
   x = model.embed(tokens)
   layers = []
   for block, layer in zip(model.layers(), cache.layers, strict=True):
-    x, layer = block.cached(x, layer, positions)
+    x, layer = block.cached(x, layer, positions, starts)
     layers.append(layer)
   return model.logits(x), Cache(tuple(layers), lengths + tokens.shape[1])
 

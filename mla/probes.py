@@ -287,7 +287,7 @@ def parse(config: ConfigDict) -> Probe | None:
 def _no_text(data: ConfigDict) -> Iterator[Rule]:
   cure = f'{data.dataset} reads no text; leave it out'
   yield data.tokenizer == 'bytes', 'data.tokenizer', cure
-  for name in ('files', 'validation_files'):
+  for name in ('files', 'validation_files', 'packing'):
     yield not data[name], f'data.{name}', cure
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -188,6 +189,11 @@ def put_batch(rows: np.ndarray, mesh: Mesh, size: int | None = None) -> jax.Arra
     return rows[first : first + stop - start]
 
   return jax.make_array_from_callback((size, *rows.shape[1:]), rows_sharding(mesh), part)
+
+
+def put_batches(batches: Any, mesh: Mesh, size: int | None = None) -> Any:
+  """put_batch of each array in a tree."""
+  return jax.tree.map(lambda rows: put_batch(rows, mesh, size), batches)
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:

@@ -15,6 +15,7 @@ from mla import loss as loss_lib
 from mla import model as model_lib
 from mla import windows as windows_lib
 from mla.attention import nested
+from mla.backends import Starts
 from mla.layers import project
 
 
@@ -42,14 +43,19 @@ def jit_step(config: ConfigDict, graphdef, optimizer, placement: TrainState):
 
 
 def train_step(
-  config: ConfigDict, graphdef, optimizer, state: TrainState, tokens: Int[Array, 'B window *row']
+  config: ConfigDict,
+  graphdef,
+  optimizer,
+  state: TrainState,
+  tokens: Int[Array, 'B window *row'],
+  starts: Starts = None,
 ) -> tuple[TrainState, dict[str, Float[Array, '']]]:
   """One update on a batch: the mean gradient over accumulation_steps micro-batches."""
 
   def loss_fn(params, batch):
     return mean_nll(nnx.merge(graphdef, params), *batch)
 
-  batch = (tokens, _draw_widths(config, state, len(tokens)))
+  batch = (tokens, _draw_widths(config, state, len(tokens)), starts)
   loss_and_grads = jax.value_and_grad(loss_fn)
   if config.accumulation_steps == 1:
     loss, grads = loss_and_grads(state.params, batch)
@@ -112,22 +118,27 @@ def mean_nll(
   model: model_lib.Decoder,
   tokens: Int[Array, 'B window *row'],
   widths: Int[Array, 'B L'] | None = None,
+  starts: Starts = None,
 ) -> Float[Array, '']:
   """The mean negative log-likelihood of the targets in nats, all positions in parallel."""
   inputs, targets = windows_lib.inputs_and_targets(tokens)
-  x = model_lib.states(model, inputs, widths)
+  x = model_lib.states(model, inputs, widths, starts)
   text = windows_lib.are_text(tokens)
   mean = loss_lib.mean_nll if text else loss_lib.mean_scored_nll
   return mean(x, model.unembedding(), targets, model.vocab)
 
 
 def eval_step(
-  graphdef, params, tokens: Int[Array, 'B window *row'], mask: Bool[Array, 'B T']
+  graphdef,
+  params,
+  tokens: Int[Array, 'B window *row'],
+  mask: Bool[Array, 'B T'],
+  starts: Starts = None,
 ) -> dict[str, Array]:
   """Of the targets in the mask: `nll`, their sum in nats, and their number; of probes `right`."""
   model = nnx.merge(graphdef, params)
   inputs, targets = windows_lib.inputs_and_targets(tokens)
-  x = model_lib.states(model, inputs)
+  x = model_lib.states(model, inputs, starts=starts)
   found = {'targets': jnp.sum(mask, dtype=jnp.int32)}
   if not windows_lib.are_text(tokens):
     guesses = jnp.argmax(

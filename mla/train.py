@@ -30,7 +30,6 @@ from mla.optimizer import make_optimizer, make_schedule
 from mla.profile import Trace
 from mla.signals import CAUGHT, Stopped, StopSignal
 from mla.step import TrainState, eval_step, init_state, jit_step
-from mla.windows import fill_rows
 from mla.workdir import check_workdir, claim_workdir, lease_workdir
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = 'The ', 128
@@ -98,6 +97,7 @@ def _train(
   sharding.check_batch(config, mesh)
   backends.check(config.attention_impl, mesh)
   memory.check_training(config, mesh)
+  hosts.first_decides(lambda: check_workdir(config, workdir))  # before minutes go into its text
   if hosts.is_first():
     print('preparing the text', flush=True)
   try:
@@ -105,6 +105,7 @@ def _train(
   except Stopped:
     print('stopped while the tokens were prepared; run the same command again to go on')
     return Ending(stop.requested)
+  hosts.check_same('data.*: text and tokenizer', data.digest)
   model = nnx.eval_shape(lambda: model_lib.make_model(config, data.tokenizer.vocab_size))
   chip = targets.chip(mesh.devices.flat[0].device_kind)
   worth = flops.worth(model, config.seq_len) if chip else 0.0
@@ -162,11 +163,12 @@ def _train(
 
     # The compiled parts.
     graphdef = nnx.graphdef(model)
+    put = functools.partial(sharding.put_batches, mesh=mesh, size=config.batch_size)
     metrics.doing('compiling the training step')
     began = time.monotonic()
-    batch = sharding.put_batch(next(batches), mesh, config.batch_size)
+    batch = put(next(batches))
     jitted = jit_step(config, graphdef, optimizer, placement)
-    step_fn = jitted.lower(state, batch).compile()
+    step_fn = jitted.lower(state, *batch).compile()
     metrics.say(f'compiled the training step in {time.monotonic() - began:.1f} s')
     metrics.doing('the first step')
     eval_fn = jax.jit(functools.partial(eval_step, graphdef))
@@ -180,7 +182,7 @@ def _train(
     since, since_step = time.monotonic(), start
     for step in range(start + 1, config.num_steps + 1):
       with trace.step(step):
-        state, measured = step_fn(state, batch)
+        state, measured = step_fn(state, *batch)
       metrics.step(measured['loss'].is_ready)
       if trace.begun(step, measured):
         metrics.say(f'steps {trace.first} to {step} are traced: tensorboard --logdir={workdir}')
@@ -193,7 +195,7 @@ def _train(
         stopping = hosts.largest(stop.requested)
       save = save or stopping != 0
       if not save:
-        batch = sharding.put_batch(next(batches), mesh, config.batch_size)
+        batch = put(next(batches))
       if log or evaluating or save:
         _check_finite(measured, step, checkpoints)
         checkpoints.check()
@@ -229,7 +231,7 @@ def _train(
         checkpoints.save(step, state.params, training, {**run, 'batches': step})
         if stopping or last:
           break
-        batch = sharding.put_batch(next(batches), mesh, config.batch_size)
+        batch = put(next(batches))
 
   checkpoints.close()
   if stopping and not last:
@@ -252,9 +254,8 @@ def evaluate(
   size = config.batch_size // config.accumulation_steps  # what training has memory for
   here = sharding.rows_here(size, mesh)
   for start in range(0, len(windows.tokens), size):
-    tokens, mask = (rows[start : start + size] for rows in windows)
-    filled = (fill_rows(rows, size)[here] for rows in (tokens, mask))
-    part = eval_fn(params, *(sharding.put_batch(rows, mesh, size) for rows in filled))
+    batch = windows.take(start + here)
+    part = eval_fn(params, *sharding.put_batches(batch, mesh, size))
     nll, count = nll + float(part['nll']), count + int(part['targets'])
     right += int(part.get('right', 0))
   if isinstance(data.tokenizer, probes.Symbols):

@@ -8,15 +8,9 @@ embeddings are added up, and its last number is the target. NONE is no token, or
 
 from typing import Any
 
-import numpy as np
 from jaxtyping import Bool, Int
 
 NONE = -1
-
-
-def fill_rows(rows: np.ndarray, count: int) -> np.ndarray:
-  """`count` rows [count, ...]: these [B, ...], and others of zeros."""
-  return np.pad(rows, ((0, count - len(rows)), *((0, 0),) * (rows.ndim - 1)))
 
 
 def are_text(windows: Any) -> bool:

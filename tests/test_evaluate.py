@@ -194,7 +194,7 @@ def test_the_command_line(trained, tmp_path):
   keys = (
     'workdir attention latent_dim layer_dims params_total params_non_embedding step cache_dtype '
     'kv_cache_bytes_per_token kv_cache_bytes_per_token_per_device perplexity perplexity_ci95 '
-    'bits_per_byte tokens_evaluated loss_by_position loss_by_bigram'
+    'bits_per_byte tokens_evaluated data_digest loss_by_position loss_by_bigram'
   )
   assert [list(run) for run in runs] == [keys.split()] * 2
   assert [(run['attention'], run['latent_dim']) for run in runs] == [('mla', 14), ('mha', None)]

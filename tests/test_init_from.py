@@ -1,6 +1,7 @@
 """--init_from: another run's weights, and nothing else of it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from conftest import SHORT_RUN, tiny_config
 from flax import nnx
 
-from mla import init_from
+from mla import hosts, init_from
 from mla import model as model_lib
 from mla.checkpoint import Checkpoints, flatten
 from mla.errors import UserError
@@ -84,6 +85,31 @@ def test_weights_that_do_not_fit(source, text, changes, named):
   config = config_of(text, **changes)
   with pytest.raises(UserError, match=f'--init_from=.*{named}'):
     init_from.weights(source, config, 'bytes', params_of(config))
+
+
+def test_weights_that_do_not_fit_of_a_config_that_lacks_fields_of_other_variants(
+  source, text, tmp_path
+):
+  shutil.copytree(source, tmp_path / 'run')
+  path = tmp_path / 'run' / 'config.json'
+  fields = json.loads(path.read_text())
+  del fields['num_kv_heads']  # mla reads none, and a run of another program may have none
+  path.write_text(json.dumps(fields))
+  config = config_of(text, latent_dim=8)
+  with pytest.raises(UserError, match='num_kv_heads=unset, latent_dim=14'):
+    init_from.weights(tmp_path / 'run', config, 'bytes', params_of(config))
+
+
+def test_the_first_process_says_whose_checkpoint_is_the_newest(source, text, tmp_path, monkeypatch):
+  shutil.copytree(source, tmp_path / 'run')
+  shutil.copytree(source / 'checkpoints' / '2', tmp_path / 'run' / 'checkpoints' / '9')
+
+  def as_the_second_of_two(decide):
+    return 2 if decide.__name__ == '_newest' else decide()
+
+  monkeypatch.setattr(hosts, 'first_decides', as_the_second_of_two)
+  config = config_of(text)
+  assert init_from.weights(tmp_path / 'run', config, 'bytes', params_of(config))[0] == 2
 
 
 def test_tokens_of_another_tokenizer_are_refused(source, text):

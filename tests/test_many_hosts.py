@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -15,10 +16,12 @@ import numpy as np
 import pytest
 from test_hosts import config_of, finish, losses
 
+from mla import evaluate
 from mla.checkpoint import Checkpoints
 from mla.train import train_and_evaluate
 
 MESHES = [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 1, 4)]  # over four devices
+ROOT = Path(__file__).parent.parent
 LIMIT = 900  # seconds: one start trains on all of them
 
 # Trains one run after the other. The last process stops a run called `stopped` after step 6; in one
@@ -106,6 +109,74 @@ def test_what_two_saved_one_and_four_go_on_with(saved, alone, text, tmp_path):
   for workdir in (one, four, *fresh):
     np.testing.assert_allclose(losses(workdir), alone, atol=1e-5)
     assert not (workdir / 'checkpoints-damaged').exists()
+
+
+def test_processes_that_read_different_texts_are_told_so(text, tmp_path):
+  hosts = []
+  with socket.socket() as found:
+    found.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{found.getsockname()[1]}'
+  config = run_of(Path('text.txt'), (2, 1, 2)).to_dict()
+  for index in range(2):
+    place = tmp_path / str(index)
+    place.mkdir()
+    (place / 'text.txt').write_text(text.read_text().replace('wall', ('wall', 'fence')[index]))
+    what = json.dumps({str(tmp_path / 'run'): config})
+    hosts.append(
+      subprocess.Popen(
+        [sys.executable, '-c', HOST, what, address, '2', str(index)],
+        cwd=place,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+    )
+  for host in hosts:
+    _, error = host.communicate(timeout=LIMIT)
+    assert (
+      host.returncode and 'UserError: data.*: text and tokenizer: process 1 of the run' in error
+    )
+  assert not (tmp_path / 'run' / 'config.json').exists()
+
+
+@pytest.mark.parametrize('packing', ['', 'documents'])
+def test_two_processes_read_a_run_as_one(text, saved, tmp_path, packing):
+  """Through caches of two dtypes: the figures of one process, written and printed by the first."""
+  workdir = saved / name_of(MESHES[0])
+  if packing:
+    workdir = tmp_path / 'packed'
+    assert train_and_evaluate(run_of(text, (8, 1, 1), **{'data.packing': packing}), workdir)
+  with socket.socket() as found:
+    found.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{found.getsockname()[1]}'
+  flags = [f'--workdir={workdir}', '--cache_dtype=float32,int8', '--max_tokens=900']
+  flags += ['--multihost', f'--coordinator={address}', '--num_processes=2']
+  printed = finish(
+    [
+      subprocess.Popen(
+        [sys.executable, 'eval.py', *flags, f'--process_id={i}', f'--json={tmp_path}/{i}.json'],
+        cwd=ROOT,
+        env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+      for i in range(2)
+    ],
+    LIMIT,
+  )
+  assert 'perplexity' in printed[0] and not printed[1]
+  assert not (tmp_path / '1.json').exists()
+  together = json.loads((tmp_path / '0.json').read_text())['runs']
+  alone = evaluate.evaluate_caches(workdir, ['float32', 'int8'], max_tokens=900)
+  for one, other in zip(together, alone, strict=True):
+    assert one.keys() == other.keys()
+    for name in ('perplexity', 'bits_per_byte', 'kv_cache_bytes_per_token'):
+      assert one[name] == pytest.approx(other[name], rel=1e-5)
+    np.testing.assert_allclose(one['perplexity_ci95'], other['perplexity_ci95'], rtol=1e-5)
+    assert one['tokens_evaluated'] == other['tokens_evaluated']
+    seen = ([part['loss'] for part in its['loss_by_position']] for its in (one, other))
+    np.testing.assert_allclose(*seen, atol=1e-5)
 
 
 @pytest.mark.parametrize('victim', [0, 1])

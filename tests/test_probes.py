@@ -105,12 +105,12 @@ def test_rows_and_position_are_what_they_are_for_text(name):
   """Each process takes its rows; a position is the number of batches taken."""
   given = {'seq_len': SIZES[name][3], 'batch_size': 4, 'seed': 9}
   whole = train_batches(stream(name), **given)
-  first, second, third = (next(whole) for _ in range(3))
+  first, second, third = (next(whole).tokens for _ in range(3))
   halves = [train_batches(stream(name), **given, rows=np.array(rows)) for rows in ([0, 1], [2, 3])]
-  np.testing.assert_array_equal(first, np.concatenate([next(half) for half in halves]))
+  np.testing.assert_array_equal(first, np.concatenate([next(half).tokens for half in halves]))
   later = train_batches(stream(name), **given)
   skip_to(later, 2)
-  np.testing.assert_array_equal(next(later), third)
+  np.testing.assert_array_equal(next(later).tokens, third)
   assert third.shape == (4, *window_shape(probe_config(name)))
   assert (first != second).any() and whole.get_state() == {'next_index': 3}
 
@@ -136,7 +136,7 @@ def test_bits_recalled():
 
 
 def batch_of(config, rows: int = 8) -> np.ndarray:
-  return next(train_batches(load_data(config).train, seq_len=0, batch_size=rows, seed=0))
+  return next(train_batches(load_data(config).train, seq_len=0, batch_size=rows, seed=0)).tokens
 
 
 def test_a_position_reads_the_sum_of_its_tokens():

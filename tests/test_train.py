@@ -146,6 +146,19 @@ def test_killed_in_an_evaluation_it_makes_up_for_it(text, trained, tmp_path, mon
   assert figures(tmp_path / 'run') == figures(trained)
 
 
+@pytest.mark.parametrize('foreign', [True, False])
+def test_a_folder_that_is_not_this_runs_is_refused_before_its_text_is_read(
+  text, trained, tmp_path, monkeypatch, foreign
+):
+  import mla.train
+
+  monkeypatch.setattr(mla.train, 'load_data', lambda *_: pytest.fail('the text is read'))
+  (tmp_path / 'thesis.tex').write_text('ten years of work')
+  workdir = tmp_path if foreign else trained
+  with pytest.raises(UserError, match='is not empty' if foreign else 'seed=7: .* holds a run'):
+    train_and_evaluate(config_of(text, seed=7), workdir)
+
+
 @pytest.mark.parametrize('ending', [Ending.SIGTERM, Ending.CTRL_C])
 def test_a_signal_before_the_first_step_is_not_lost(text, tmp_path, monkeypatch, ending):
   import mla.train

@@ -2,10 +2,10 @@
 
 A variant is an nnx.Module built from (config, rngs), with impl, its config's attention_impl, and
 four methods:
-  cache_shapes()                         what it keeps per token: {name: shape}
-  compress(x, positions)                 those things, for new tokens
-  attend(x, entries, positions)          all tokens at once, for training and prefill
-  attend_cached(x, cached, positions)    the newest tokens against the cache, for decoding
+  cache_shapes()                                 what it keeps per token: {name: shape}
+  compress(x, positions)                         those things, for new tokens
+  attend(x, entries, positions, starts)          all tokens at once, for training and prefill
+  attend_cached(x, cached, positions, starts)    the newest tokens against the cache, for decoding
 Beside its module stands a Variant (variant.py): its rules, its label, what its paper says it keeps.
 """
 

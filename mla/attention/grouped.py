@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from mla.attention.rope import Positions, rope, rotation_of
 from mla.attention.variant import Rule, Variant, even_rope
-from mla.backends import cached_attention, causal_attention
+from mla.backends import Starts, cached_attention, causal_attention
 from mla.cache import Shapes, Stored
 from mla.layers import project, weight
 
@@ -42,20 +42,31 @@ class GroupedAttention(nnx.Module):
     return {'k': self._rotate(project(x, self.w_k), positions), 'v': project(x, self.w_v)}
 
   def attend(
-    self, x: Float[Array, 'B T D'], entries: dict[str, Array], positions: Positions
+    self,
+    x: Float[Array, 'B T D'],
+    entries: dict[str, Array],
+    positions: Positions,
+    starts: Starts = None,
   ) -> Float[Array, 'B T D']:
     """Every token attends to those before it, in parallel."""
     q = self._rotate(project(x, self.w_q), positions)
-    out = causal_attention([q], [entries['k']], entries['v'], scale=self.scale, impl=self.impl)
+    out = causal_attention(
+      [q], [entries['k']], entries['v'], scale=self.scale, starts=starts, impl=self.impl
+    )
     return project(out, self.w_o, inputs=2)
 
   def attend_cached(
-    self, x: Float[Array, 'B T D'], cached: dict[str, Stored], positions: Int[Array, 'B T']
+    self,
+    x: Float[Array, 'B T D'],
+    cached: dict[str, Stored],
+    positions: Int[Array, 'B T'],
+    starts: Starts = None,
   ) -> Float[Array, 'B T D']:
     """The T newest tokens, already in the cache, attend to all it holds."""
     q = self._rotate(project(x, self.w_q), positions)
+    keys, values = [cached['k']], [cached['v']]
     out = cached_attention(
-      [q], [cached['k']], [cached['v']], positions, scale=self.scale, impl=self.impl
+      [q], keys, values, positions, scale=self.scale, starts=starts, impl=self.impl
     )
     return project(out, self.w_o, inputs=2)
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from mla.attention.rope import Positions, rope, rotation_of
 from mla.attention.variant import Rule, Variant, even_rope
-from mla.backends import cached_attention, causal_attention
+from mla.backends import Starts, cached_attention, causal_attention
 from mla.cache import Shapes, Stored
 from mla.layers import RMSNorm, project, weight
 
@@ -64,19 +64,26 @@ class LatentAttention(nnx.Module):
     return {'latent': self.latent_norm(latent) if hasattr(self, 'latent_norm') else latent}
 
   def attend(
-    self, x: Float[Array, 'B T D'], entries: dict[str, Array], positions: Positions
+    self,
+    x: Float[Array, 'B T D'],
+    entries: dict[str, Array],
+    positions: Positions,
+    starts: Starts = None,
   ) -> Float[Array, 'B T D']:
     """Expanded: tokens attend to those before them, keys and values per head (eq. 10-19)."""
     latent = jnp.concatenate([entries[name] for name in self._parts()], axis=-1)
     keys = [project(latent, self.w_uk), entries['k_rope'][:, :, None, :]]
     values = project(latent, self.w_uv)
-    out = causal_attention(
-      self._queries(x, positions), keys, values, scale=self.scale, impl=self.impl
-    )
+    queries = self._queries(x, positions)
+    out = causal_attention(queries, keys, values, scale=self.scale, starts=starts, impl=self.impl)
     return project(out, self.w_o, inputs=2)
 
   def attend_cached(
-    self, x: Float[Array, 'B T D'], cached: dict[str, Stored], positions: Int[Array, 'B T']
+    self,
+    x: Float[Array, 'B T D'],
+    cached: dict[str, Stored],
+    positions: Int[Array, 'B T'],
+    starts: Starts = None,
   ) -> Float[Array, 'B T D']:
     """Absorbed: the T newest tokens, already in the cache, attend to its latents as they lie."""
     q_nope, q_rope = self._queries(x, positions)
@@ -85,7 +92,9 @@ class LatentAttention(nnx.Module):
     ends = np.cumsum([stored.values.shape[-1] for stored in latents])
     queries = [*jnp.split(q_latent, ends[:-1], axis=-1), q_rope]
     keys = [*latents, _one_head(cached['k_rope'])]
-    mixed = cached_attention(queries, keys, latents, positions, scale=self.scale, impl=self.impl)
+    mixed = cached_attention(
+      queries, keys, latents, positions, scale=self.scale, starts=starts, impl=self.impl
+    )
     out = jnp.einsum('bthc,chv->bthv', mixed, self.w_uv[...].astype(x.dtype))
     return project(out, self.w_o, inputs=2)
 

@@ -23,7 +23,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from mla.backends import blockwise
 from mla.backends.per_device import share_key_heads
@@ -32,6 +32,12 @@ from mla.errors import UserError
 
 # Each backend but blockwise, and the platform it is for. Without its module the rest works.
 PLATFORMS = {'cpu': 'cpu', 'cudnn': 'gpu', 'splash': 'tpu'}
+
+Starts = Int[Array, 'B T'] | None
+"""Where in its row each token's document begins, in rows of several that attention keeps apart.
+
+Positions run on through such a row: rotations tell distances, and a document's stay what they are.
+"""
 
 _counted = False
 
@@ -53,6 +59,7 @@ def causal_attention(
   values: Array,
   *,
   scale: float,
+  starts: Array | None = None,
   impl: str = 'auto',
 ) -> Array:
   """Causal attention of T tokens among themselves: [B,T,H,V]; H is a multiple of K.
@@ -61,6 +68,9 @@ def causal_attention(
   scale times the sum over i of <queries[i], keys[i]>: MLA's has a part per head and a rotary part,
   the grouped variants' only one. keys[i] is [B,T,K,dims], or [B,T,1,dims] for all heads. All have
   one float dtype; the softmax is float32. Memory is linear in T, gradients included.
+
+  starts, Starts, [B,T] integers: a token sees those from starts[b,t] on, which is at most where it
+  is itself, and the same for all tokens between.
   """
   _check_queries(queries, keys)
   batch, length, heads, _ = queries[0].shape
@@ -70,10 +80,11 @@ def causal_attention(
     _check(f'keys[{i}]', key, (batch, length, {1, groups}, queries[i].shape[3]))
   for name, array in (*((f'keys[{i}]', key) for i, key in enumerate(keys)), ('values', values)):
     _require(array.dtype == queries[0].dtype, f'{name}: {array.dtype}, queries {queries[0].dtype}')
+  starts = _checked_starts(starts, (batch, length))
   if _counted:
-    return blockwise.causal(queries, keys, values, scale, block=length)
+    return blockwise.causal(queries, keys, values, scale, starts, block=length)
   keys, values = share_key_heads(keys, values, heads)
-  return _run(impl, 'causal', queries, keys, values, scale)
+  return _run(impl, 'causal', queries, keys, values, scale, starts)
 
 
 def cached_attention(
@@ -83,6 +94,7 @@ def cached_attention(
   positions: Array,
   *,
   scale: float,
+  starts: Array | None = None,
   impl: str = 'auto',
 ) -> Array:
   """Attention of T new tokens to a cache whose slot s holds the token of position s: [B,T,H,V].
@@ -91,7 +103,8 @@ def cached_attention(
   <queries[i], keys[i]>: MLA's has a latent and a rotary part, the grouped variants' only one.
   keys[i] is [B,K,S,dims], or [B,1,S,dims] for all heads; values[i] is [B,K,S,dims], V dims in all,
   and more than one where parts of a value have scales of their own. A query at position p sees the
-  slots up to p. An int8 cache is never expanded: its scales multiply scores and weights.
+  slots up to p; with starts, Starts, [B,T] integers, from starts[b,t] on, which is at most p. An
+  int8 cache is never expanded: its scales multiply scores and weights.
 
   A row with a position of S or more has more tokens than the cache has slots, and append has not
   written them: it gets NaN.
@@ -109,7 +122,9 @@ def cached_attention(
     _check_stored(stored)
   _check_integers('positions', positions, (batch, length))
   positions = positions.astype(jnp.int32)
-  return _run('blockwise' if _counted else impl, 'cached', queries, keys, values, positions, scale)
+  starts = _checked_starts(starts, (batch, length))
+  impl = 'blockwise' if _counted else impl
+  return _run(impl, 'cached', queries, keys, values, positions, scale, starts)
 
 
 def append(stored: Stored, new: Array, starts: Array, *, impl: str = 'auto') -> Stored:
@@ -297,6 +312,13 @@ def _check_stored(stored: Stored) -> None:
   if scale is not None:
     _check('scales', scale, values.shape[:-1])
     _require(scale.dtype == jnp.float32, f'scales: {scale.dtype}; must be float32')
+
+
+def _checked_starts(starts: Array | None, sizes: Sequence[int]) -> Array | None:
+  if starts is None:
+    return None
+  _check_integers('starts', starts, sizes)
+  return starts.astype(jnp.int32)
 
 
 def _check_integers(name: str, array: Array, sizes: Sequence[int]) -> None:

@@ -24,13 +24,20 @@ dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def causal(
-  queries: Sequence[Array], keys: Sequence[Array], values: Array, scale: float, block: int = 0
+  queries: Sequence[Array],
+  keys: Sequence[Array],
+  values: Array,
+  scale: float,
+  starts: Int[Array, 'B T'] | None = None,
+  *,
+  block: int = 0,
 ) -> Float[Array, 'B T H V']:
   """Causal attention; softmax in float32.
 
   A block of queries visits the blocks of keys up to its own and no others, with a running softmax;
   the backward pass recomputes the probabilities from the saved log-sum-exp (FlashAttention, Dao et
   al. 2022, arXiv 2205.14135). So memory is linear in T, gradients included. block=0 chooses.
+  With `starts` scores of earlier keys are masked.
   """
   batch, length, heads, _ = queries[0].shape
   groups = values.shape[2]
@@ -40,7 +47,8 @@ def causal(
   fill = ((0, 0), (0, -length % block), (0, 0), (0, 0))  # no real query sees the padding's keys
   q, k, v = (jnp.pad(x, fill) for x in (q * scale, k, values))
   grouped = q.reshape(*q.shape[:2], groups, heads // groups, -1).transpose(0, 2, 3, 1, 4)
-  out = _blockwise(grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), block)
+  starts = None if starts is None else jnp.pad(starts, fill[:2])[..., None]
+  out = _blockwise(grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), starts, block)
   out = out.transpose(0, 3, 1, 2, 4)[:, :length]
   return out.reshape(batch, length, heads, -1)
 
@@ -50,30 +58,43 @@ def _cut(x: Array, index: Array, block: int) -> Array:
 
 
 def _scores(
-  q: Float[Array, 'B K G t n'], k: Float[Array, 'B K s n'], row: Array, column: Array
+  q: Float[Array, 'B K G t n'],
+  k: Float[Array, 'B K s n'],
+  row: Array,
+  column: Array,
+  starts: Int[Array, 'B t 1'] | None,
 ) -> Float[Array, 'B K G t s']:
   """Masked float32 scores of one block of queries against one of keys."""
   size = k.shape[2]
   block = jnp.arange(size, dtype=jnp.int32)
-  visible = column * size + block[None] <= row * size + block[:, None]
-  return jnp.where(visible[None, None, None], dot('bkgtn,bksn->bkgts', q, k), -jnp.inf)
+  visible = (column * size + block[None] <= row * size + block[:, None])[None]
+  if starts is not None:
+    visible &= column * size + block[None, None] >= starts
+  return jnp.where(visible[:, None, None], dot('bkgtn,bksn->bkgts', q, k), -jnp.inf)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _blockwise(
-  q: Float[Array, 'B K G T n'], k: Float[Array, 'B K T n'], v: Float[Array, 'B K T V'], block: int
+  q: Float[Array, 'B K G T n'],
+  k: Float[Array, 'B K T n'],
+  v: Float[Array, 'B K T V'],
+  starts: Int[Array, 'B T 1'] | None,
+  block: int,
 ) -> Float[Array, 'B K G T V']:
-  return _blockwise_forward(q, k, v, block)[0]
+  return _blockwise_forward(q, k, v, starts, block)[0]
 
 
-def _blockwise_forward(q, k, v, block):
+def _blockwise_forward(q, k, v, starts, block):
   def attend_row(_, row):
     queries = _cut(q, row, block)
+    firsts = None if starts is None else _cut(starts, row, block)
 
-    def attend_block(column, carry):
+    def attend_block(turn, carry):
+      # Masked from both sides, the diagonal's block comes first: there each query sees a key.
+      column = turn if starts is None else row - turn
       top, total, out = carry
       values = _cut(v, column, block)
-      scores = _scores(queries, _cut(k, column, block), row, column)
+      scores = _scores(queries, _cut(k, column, block), row, column, firsts)
       new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
       weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
       total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
@@ -87,21 +108,22 @@ def _blockwise_forward(q, k, v, block):
 
   _, rows = jax.lax.scan(attend_row, None, jnp.arange(q.shape[3] // block, dtype=jnp.int32))
   out, log_sum = (checkpoint_name(_join_rows(x), ATTENTION) for x in rows)
-  return out, (q, k, v, out, log_sum)
+  return out, (q, k, v, starts, out, log_sum)
 
 
 def _blockwise_backward(block, saved, d_out):
-  q, k, v, out, log_sum = saved
+  q, k, v, starts, out, log_sum = saved
   # d_scores = weights * (d_weights - sum_s weights * d_weights), and that sum is <out, d_out>.
   mean = dot('bkgtv,bkgtv->bkgt', out, d_out)[..., None]
 
   def row_gradients(carry, row):
     queries, d_rows, log_sums, means = (_cut(x, row, block) for x in (q, d_out, log_sum, mean))
+    firsts = None if starts is None else _cut(starts, row, block)
 
     def block_gradients(column, carry):
       d_q, d_k, d_v = carry
       keys, values = _cut(k, column, block), _cut(v, column, block)
-      weights = jnp.exp(_scores(queries, keys, row, column) - log_sums)
+      weights = jnp.exp(_scores(queries, keys, row, column, firsts) - log_sums)
       d_weights = dot('bkgtv,bksv->bkgts', d_rows, values)
       d_scores = (weights * (d_weights - means)).astype(q.dtype)
       d_q += dot('bkgts,bksn->bkgtn', d_scores, keys)
@@ -117,7 +139,7 @@ def _blockwise_backward(block, saved, d_out):
   (d_k, d_v), d_q = jax.lax.scan(
     row_gradients, start, jnp.arange(q.shape[3] // block, dtype=jnp.int32)
   )
-  return _join_rows(d_q).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
+  return _join_rows(d_q).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
@@ -139,6 +161,7 @@ def cached(
   values: Sequence[Stored],
   positions: Int[Array, 'B T'],
   scale: float,
+  starts: Int[Array, 'B T'] | None = None,
 ) -> Float[Array, 'B T H V']:
   """Attention through a cache, in the queries' dtype; softmax in float32."""
   dtype = queries[0].dtype
@@ -154,6 +177,8 @@ def cached(
     parts.append(part.reshape(shape))
   slots = jnp.arange(size, dtype=jnp.int32)[None, None, None, None]
   visible = slots <= positions[:, None, None, :, None]
+  if starts is not None:
+    visible &= slots >= starts[:, None, None, :, None]
   scores = jnp.where(visible, sum(parts), -jnp.inf)
   # Divided by their total only after they met the values: one pass over the slots less.
   weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mla.backends.per_device import per_device
 
@@ -23,12 +23,18 @@ def missing() -> str:
 
 
 def causal(
-  queries: Sequence[Array], keys: Sequence[Array], values: Array, scale: float
+  queries: Sequence[Array],
+  keys: Sequence[Array],
+  values: Array,
+  scale: float,
+  starts: Int[Array, 'B T'] | None = None,
 ) -> Float[Array, 'B T H V']:
   """Causal attention; softmax in float32. No [T, T] array, no key or value repeated over heads."""
   groups, width = values.shape[2], _width(queries, values)
   if values.dtype not in DTYPES:
     raise NotImplementedError(f'it computes in bfloat16 or float16, not in {values.dtype}')
+  if starts is not None:  # but for a bias [B, 1, T, T]
+    raise NotImplementedError('its public interface has no documents within a row (data.packing)')
   if width > WIDEST:
     raise NotImplementedError(f'its heads have at most {WIDEST} dims, not {width}')
   whole = [jnp.broadcast_to(k, (*k.shape[:2], groups, k.shape[3])) for k in keys]

@@ -14,9 +14,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
   BlockSizes,
   CausalMask,
   MultiHeadMask,
+  SegmentIds,
   make_splash_mha_single_device,
 )
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mla.backends.per_device import per_device
 from mla.remat import ATTENTION
@@ -34,9 +35,16 @@ def missing() -> str:
 
 
 def causal(
-  queries: Sequence[Array], keys: Sequence[Array], values: Array, scale: float
+  queries: Sequence[Array],
+  keys: Sequence[Array],
+  values: Array,
+  scale: float,
+  starts: Int[Array, 'B T'] | None = None,
 ) -> Float[Array, 'B T H V']:
-  """Causal attention; softmax in float32. No [T, T] array, no key or value repeated over heads."""
+  """Causal attention; softmax in float32. No [T, T] array, no key or value repeated over heads.
+
+  Where a document starts is its segment's number: tokens see those of their own.
+  """
   if values.dtype not in DTYPES:
     raise NotImplementedError(f'it computes in float32 or bfloat16, not in {values.dtype}')
   length, groups = values.shape[1:3]
@@ -52,12 +60,17 @@ def causal(
     return jnp.pad(joined, ((0, 0), (0, fill), (0, 0), (0, 0)))  # seen by no real query
 
   def attend(*arrays: Array) -> tuple[Array, ...]:
-    q, k, v = (x.swapaxes(1, 2) for x in arrays)
+    q, k, v = (x.swapaxes(1, 2) for x in arrays[:3])
     kernel = _kernel(q.shape[1], q.shape[2], block)
-    return (jax.vmap(kernel)(q, k, v).swapaxes(1, 2),)
+    segments = [SegmentIds(number, number) for number in arrays[3:]]
+    return (jax.vmap(kernel)(q, k, v, *segments).swapaxes(1, 2),)
 
-  arrays = (padded(scaled), padded(whole), padded([values]))
-  (out,) = per_device(attend, arrays, ['BTH_', 'BTK_', 'BTK_'], ['BTH_'], groups)
+  arrays = [padded(scaled), padded(whole), padded([values])]
+  axes = ['BTH_', 'BTK_', 'BTK_']
+  if starts is not None:
+    arrays.append(jnp.pad(starts, ((0, 0), (0, fill))))
+    axes.append('BT')
+  (out,) = per_device(attend, arrays, axes, ['BTH_'], groups)
   return out[:, :length]
 
 

@@ -33,6 +33,7 @@ from mla import files, generate
 from mla import loss as loss_lib
 from mla import model as model_lib
 from mla.attention.grouped import key_heads
+from mla.backends import Starts
 from mla.checkpoint import Checkpoints, flatten, unflatten
 from mla.convert.importing import draft_of
 from mla.convert.sources import dumps
@@ -79,8 +80,8 @@ def compress(
   data = load_run_data(workdir, source)
   width = min(source.seq_len, WINDOW)
   held_out = eval_windows(data.validation, seq_len=width, max_tokens=REPORTED)
-  calibration = eval_windows(data.train, seq_len=width, max_tokens=CALIBRATION).tokens[:, :-1]
-  observed = observe(run.model, calibration)
+  calibration = eval_windows(data.train, seq_len=width, max_tokens=CALIBRATION)
+  observed = observe(run.model, calibration.tokens[:, :-1], calibration.starts)
   report: dict[str, Any] = {
     'source': str(workdir),
     'method': method,
@@ -145,22 +146,31 @@ class Observed(NamedTuple):
   still: Complex[np.ndarray, 'L H half']
 
 
-def observe(model: model_lib.Decoder, tokens: Int[np.ndarray, 'W T']) -> Observed:
+def observe(
+  model: model_lib.Decoder,
+  tokens: Int[np.ndarray, 'W T'],
+  starts: Int[np.ndarray, 'W T'] | None = None,
+) -> Observed:
   """Of an MHA, GQA or MQA model, over the windows."""
   turned = model.blocks.attention.rotated
   frequencies = model.blocks.attention.rotation.frequencies(turned // 2)
-  seen = np.tril(np.ones((tokens.shape[1],) * 2, bool))
+  before = np.tril(np.ones((tokens.shape[1],) * 2, bool))
   turns = np.exp(1j * np.outer(np.arange(tokens.shape[1]), frequencies)).astype(np.complex64)
 
   @jax.jit
-  def collect(model: model_lib.Decoder, tokens: Int[Array, 'B T']) -> tuple[Array, Array]:
+  def collect(
+    model: model_lib.Decoder, tokens: Int[Array, 'B T'], starts: Starts
+  ) -> tuple[Array, Array]:
+    seen = before[None, None]
+    if starts is not None:
+      seen &= np.arange(tokens.shape[1]) >= starts[:, None, :, None]
     positions = np.arange(tokens.shape[1])[None]
     graphdef, stacked = nnx.split(model.blocks)
 
     def block(x, leaves):
       layer = nnx.merge(graphdef, leaves)
       h = layer.attention_norm(x)
-      x, entries = layer.parallel(x, positions)
+      x, entries = layer.parallel(x, positions, starts=starts)
       logits = layer.attention.logits(h, entries, positions).astype(jnp.float32)
       maps = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
       still = jnp.einsum('bhts,tp,sp->hp', maps, turns.conj(), turns)
@@ -171,7 +181,8 @@ def observe(model: model_lib.Decoder, tokens: Int[np.ndarray, 'W T']) -> Observe
 
   sums: list = [0.0, 0.0]
   for start in range(0, len(tokens), 4):
-    for place, part in enumerate(collect(model, jnp.asarray(tokens[start : start + 4]))):
+    rows = jax.tree.map(lambda array, i=start: jnp.asarray(array[i : i + 4]), (tokens, starts))
+    for place, part in enumerate(collect(model, *rows)):
       sums[place] += np.asarray(part, np.complex128 if place else np.float64)
   return Observed(*(total / tokens.size for total in sums))
 
@@ -323,9 +334,14 @@ def _loss(model: model_lib.Decoder, windows: EvalWindows) -> float:
   """Nats a target, all positions in parallel."""
 
   @jax.jit
-  def nll(model: model_lib.Decoder, tokens: Int[Array, 'B window']) -> Float[Array, 'B T']:
-    x = model_lib.states(model, tokens[:, :-1])
+  def nll(
+    model: model_lib.Decoder, tokens: Int[Array, 'B window'], starts: Starts
+  ) -> Float[Array, 'B T']:
+    x = model_lib.states(model, tokens[:, :-1], starts=starts)
     return loss_lib.token_nll(x, model.unembedding(), tokens[:, 1:])
 
-  rows = [np.asarray(nll(model, jnp.asarray(row[None]))) for row in windows.tokens]
+  rows = []
+  for index in range(len(windows.tokens)):
+    row = windows.take(np.array([index]))
+    rows.append(np.asarray(nll(model, *jax.device_put((row.tokens, row.starts)))))
   return float(np.sum(np.concatenate(rows), where=windows.mask) / windows.mask.sum())

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int, Integer
 from ml_collections import ConfigDict
 
 from mla import probes
-from mla.data import bpe, corpora, token_files, tokenizers
+from mla.data import bpe, corpora, packing, token_files, tokenizers
 from mla.data.documents import Documents, Raw, digest, parts
 from mla.data.tokenizers import Tokenizer
 from mla.errors import UserError
@@ -26,6 +26,8 @@ class TokenStream(NamedTuple):
   """Every document as BOS and its tokens, one after another."""
 
   tokens: Integer[np.ndarray, ' n']
+  # Where each document begins, if attention is not to cross from one to another.
+  documents: Integer[np.ndarray, ' d'] | None = None
 
   def amount(self) -> str:
     """How much it is, for people."""
@@ -40,9 +42,27 @@ class Data(NamedTuple):
   place: str  # where the tokens are, for people
 
 
+class Batch(NamedTuple):
+  tokens: Int[np.ndarray, 'b window *row']  # as mla/windows.py has them
+  starts: Int[np.ndarray, 'b T'] | None  # packing.starts of a stream that has documents
+
+
 class EvalWindows(NamedTuple):
   tokens: Int[np.ndarray, 'W window *row']  # as mla/windows.py has them
   mask: Bool[np.ndarray, 'W T']  # the targets that are real
+  starts: Int[np.ndarray, 'W T'] | None = None  # as Batch's
+
+  def take(self, rows: Int[np.ndarray, ' b']) -> 'EvalWindows':
+    """These of the windows; beyond the last there are empty ones, without a target."""
+    real = rows < len(self.tokens)
+
+    def taken(array: np.ndarray) -> np.ndarray:
+      found = array[np.where(real, rows, 0)]
+      found[~real] = 0
+      return found
+
+    starts = None if self.starts is None else taken(self.starts)
+    return EvalWindows(taken(self.tokens), taken(self.mask), starts)
 
 
 def load_data(config: ConfigDict, stopping: Callable[[], bool] = lambda: False) -> Data:
@@ -60,8 +80,9 @@ def load_data(config: ConfigDict, stopping: Callable[[], bool] = lambda: False) 
   sources = {split: corpora.open_documents(config.data, split) for split in token_files.SPLITS}
   spec = config.data.tokenizer
   tokenizer = tokenizers.ready(spec)
+  apart = config.data.packing == 'documents'
   if spec == 'bytes' and (documents := _small(sources)):
-    return _in_memory(documents, tokenizers.ByteTokenizer())
+    return _in_memory(documents, tokenizers.ByteTokenizer(), apart)
   what = [tokenizers.identity(spec, tokenizer), *(source.stamps for source in sources.values())]
   folder = token_files.folder_of(corpora.data_dir(config.data), what)
 
@@ -80,13 +101,16 @@ def load_data(config: ConfigDict, stopping: Callable[[], bool] = lambda: False) 
       raise
     logging.warning('%s; it is tokenized anew at every start', error)
     text = (part for _, part in parts(documents['train']))
-    return _in_memory(documents, tokenizer or tokenizers.train(spec, text, stopping))
+    return _in_memory(documents, tokenizer or tokenizers.train(spec, text, stopping), apart)
   tokenizer = tokenizer or bpe.kept(folder)
   if tokenizer is None:
     raise UserError(f'{folder / bpe.KEPT}: is damaged; remove {folder}, it is made again')
   _tell_doubled(store.manifest['doubled'], store.manifest['splits']['validation']['documents'])
   digests = {split: store.manifest['splits'][split]['digest'] for split in token_files.SPLITS}
-  return _data(tokenizer, store.tokens, digests, f'in {folder}')
+  streams = {
+    split: TokenStream(store.tokens[split], store.documents[split]) for split in token_files.SPLITS
+  }
+  return _data(tokenizer, streams, digests, f'in {folder}', apart)
 
 
 def _small(sources: dict[str, Documents]) -> dict[str, list[Raw]] | None:
@@ -105,19 +129,32 @@ def _small(sources: dict[str, Documents]) -> dict[str, list[Raw]] | None:
   return documents
 
 
-def _in_memory(documents: dict[str, list[Raw]], tokenizer: Tokenizer) -> Data:
+def _in_memory(documents: dict[str, list[Raw]], tokenizer: Tokenizer, apart: bool) -> Data:
   seen = set(documents['train'])
   held_out = documents['validation']
   _tell_doubled(sum(document in seen for document in held_out), len(held_out))
-  tokens = {split: make_stream(found, tokenizer) for split, found in documents.items()}
+  streams = {split: make_stream(found, tokenizer) for split, found in documents.items()}
   digests = {split: digest(found) for split, found in documents.items()}
-  return _data(tokenizer, tokens, digests, 'in memory, read at each start')
+  return _data(tokenizer, streams, digests, 'in memory, read at each start', apart)
 
 
 def _data(
-  tokenizer: Tokenizer, tokens: dict[str, np.ndarray], digests: dict[str, str], place: str
+  tokenizer: Tokenizer,
+  streams: dict[str, TokenStream],
+  digests: dict[str, str],
+  place: str,
+  apart: bool,
 ) -> Data:
-  train, validation = (TokenStream(tokens[split]) for split in token_files.SPLITS)
+  """What load_data gives; the streams forget their documents where those are not kept `apart`."""
+  train, validation = (
+    streams[split] if apart else streams[split]._replace(documents=None)
+    for split in token_files.SPLITS
+  )
+  if apart and train.documents is not None and len(train.documents) == 1:
+    logging.warning(
+      'data.packing=documents: the training text is one document, so there is nothing to keep '
+      'apart; of text files each is one, of .jsonl, .parquet and datasets each record'
+    )
   parts = (*(digests[split] for split in token_files.SPLITS), tokenizer.digest)
   total = hashlib.sha256(' '.join(parts).encode()).hexdigest()
   return Data(tokenizer, train, validation, total, place)
@@ -156,10 +193,15 @@ def text_tokenizer(config: ConfigDict, tokenizer: Tokenizer | probes.Symbols) ->
   return tokenizer
 
 
-def make_stream(documents: list[Raw], tokenizer: Tokenizer) -> Integer[np.ndarray, ' n']:
+def make_stream(documents: list[Raw], tokenizer: Tokenizer) -> TokenStream:
   """The tokens of documents one after another, each behind BOS."""
-  found = [token_files.tokens_of([part], [size], tokenizer)[0] for size, part in parts(documents)]
-  return np.concatenate(found)
+  found, begun, count = [], [], 0
+  for size, part in parts(documents):
+    tokens, starts = token_files.tokens_of([part], [size], tokenizer)
+    found.append(tokens)
+    begun += [count + start for start in starts]
+    count += len(tokens)
+  return TokenStream(np.concatenate(found), np.array(begun))
 
 
 def window_shape(config: ConfigDict) -> tuple[int, ...]:
@@ -176,7 +218,7 @@ def train_batches(
   seed: int,
   rows: Int[np.ndarray, ' b'] | None = None,
 ) -> grain.DatasetIterator:
-  """Endless batches of windows, int32 [batch_size, seq_len + 1], or of each only these `rows`.
+  """Endless Batches of windows, int32 [batch_size, seq_len + 1], or of each only these `rows`.
 
   Windows lie at stride seq_len and are shuffled anew each epoch. A batch's row is the same window
   whatever process reads it, so the position is a single number, the batches taken, whatever the
@@ -185,8 +227,11 @@ def train_batches(
   mine = slice(None) if rows is None else rows
   if isinstance(stream, probes.Stream):
     numbers = grain.MapDataset.range(MOST_WINDOWS).batch(batch_size)
-    drawn = numbers.map(lambda batch: np.stack([stream.window(int(i), seed) for i in batch[mine]]))
-    return _in_order(drawn)
+
+    def draw(indices: Int[np.ndarray, ' B']) -> Batch:
+      return Batch(np.stack([stream.window(int(i), seed) for i in indices[mine]]), None)
+
+    return _in_order(numbers.map(draw))
   count = (len(stream.tokens) - 1) // seq_len
   if count < batch_size:
     raise UserError(
@@ -195,13 +240,23 @@ def train_batches(
     )
   views = np.lib.stride_tricks.sliding_window_view(stream.tokens, seq_len + 1)[::seq_len]
   order = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
-  batches = order.batch(batch_size).map(lambda indices: views[indices[mine]].astype(np.int32))
-  return _in_order(batches)
+
+  def read(indices: Int[np.ndarray, ' B']) -> Batch:
+    chosen = indices[mine]
+    return Batch(views[chosen].astype(np.int32), _starts(stream, chosen * seq_len, seq_len))
+
+  return _in_order(order.batch(batch_size).map(read))
 
 
 def _in_order(batches: grain.MapDataset) -> grain.DatasetIterator:
   # All is in memory, or soon made: threads would only cost.
   return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def _starts(
+  stream: TokenStream, windows: Int[np.ndarray, ' b'], length: int
+) -> Int[np.ndarray, 'b T'] | None:
+  return None if stream.documents is None else packing.starts(stream.documents, windows, length)
 
 
 def skip_to(batches: grain.DatasetIterator, taken: int) -> None:
@@ -235,4 +290,4 @@ def eval_windows(
     found = stream.tokens[window * seq_len : (window + 1) * seq_len + 1]
     tokens[row, : len(found)] = found
     mask[row, : len(found) - 1] = True
-  return EvalWindows(tokens, mask)
+  return EvalWindows(tokens, mask, _starts(stream, chosen * seq_len, seq_len))

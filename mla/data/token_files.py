@@ -46,6 +46,7 @@ class NotKept(UserError):
 
 class Store(NamedTuple):
   tokens: dict[str, np.ndarray]  # by split, mapped
+  documents: dict[str, np.ndarray]  # likewise the number of each one's first token
   manifest: dict[str, Any]
 
 
@@ -76,7 +77,8 @@ def find(folder: Path) -> Store | None:
     if changed:
       with contextlib.suppress(OSError):  # a store that can only be read is whole too
         files.write_whole(folder / MANIFEST, _as_json(manifest))
-    return Store({split: _map(folder, split, manifest) for split in SPLITS}, manifest)
+    tokens = {split: _map(folder, split, manifest) for split in SPLITS}
+    return Store(tokens, {split: _map_documents(folder, split) for split in SPLITS}, manifest)
   except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     logging.warning('%s: the prepared tokens are damaged (%s); they are made again', folder, error)
     return None
@@ -330,6 +332,10 @@ def dtype_of(vocab: int) -> np.dtype:
 
 def _map(folder: Path, split: str, manifest: dict[str, Any]) -> Integer[np.ndarray, ' n']:
   return np.memmap(folder / f'{split}.tokens', np.dtype(manifest['dtype']), mode='r')
+
+
+def _map_documents(folder: Path, split: str) -> Integer[np.ndarray, ' d']:
+  return np.memmap(folder / f'{split}.documents', ROW, mode='r')['token'].view(np.ndarray)
 
 
 def _hash(path: Path) -> str:

@@ -62,11 +62,13 @@ def compiled_step(config, mesh: Mesh):
     state = jax.eval_shape(functools.partial(step_lib.init_state, config, VOCAB, optimizer))
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: model_lib.make_model(config, VOCAB)))
     rows = NamedSharding(mesh, PartitionSpec(sharding.RULES['B']))
-    shape = (config.batch_size, config.seq_len + 1)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+    widths = [config.seq_len + 1, *([config.seq_len] if config.data.packing else [])]
+    batch = [
+      jax.ShapeDtypeStruct((config.batch_size, width), jnp.int32, sharding=rows) for width in widths
+    ]
     step = functools.partial(step_lib.train_step, config, graphdef, optimizer)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(sharding.shardings(state, mesh), None))
-    return jitted.lower(place(state, mesh), tokens).compile()
+    return jitted.lower(place(state, mesh), *batch).compile()
 
 
 def compiled_generation(config, mesh: Mesh):

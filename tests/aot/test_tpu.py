@@ -31,6 +31,14 @@ def test_training_runs_splash_attention_and_no_loop(arm, remat):
   assert len(re.findall(r' while\(', text)) <= (0 if remat == 'none' else 2)
 
 
+@pytest.mark.parametrize('arm', ['gqa', 'mla'])
+def test_documents_are_kept_apart_by_the_same_kernels(arm):
+  config = config_of(arm, data={'packing': 'documents'}, remat='latents')
+  text = compiled_step(config, v5e(2, 2, 2)).as_text()
+  assert set(re.findall(r'splash_m[hq]a_(\w+?)_', text)) == {'fwd', 'dq', 'dkv'}
+  assert len(re.findall(r' while\(', text)) <= 2
+
+
 @pytest.mark.parametrize('arm', ARMS)
 def test_prompts_and_decoding_compile(arm):
   assert 'tpu_custom_call' in compiled_generation(config_of(arm), v5e(8, 1, 1)).as_text()

@@ -1,9 +1,12 @@
 """Softmax attention against a plain reference, and its memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mesh_of
 
 from mla import backends
 from mla.backends import blockwise, cpu
@@ -20,13 +23,14 @@ def impl(request) -> str:
   return request.param
 
 
-def plain(q, k, v, scale, positions=None):
+def plain(q, k, v, scale, positions=None, starts=0):
   """All heads repeated, all scores at once, softmax as it is defined."""
   repeats = q.shape[2] // k.shape[2]
   k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
   scores = jnp.einsum('bthn,bshn->bhts', q, k) * scale
   positions = jnp.arange(q.shape[1])[None] if positions is None else positions
   visible = jnp.arange(k.shape[1]) <= positions[:, None, :, None]
+  visible &= jnp.arange(k.shape[1]) >= jnp.broadcast_to(starts, q.shape[:2])[:, None, :, None]
   weights = jnp.exp(scores) * visible
   return jnp.einsum('bhts,bshv->bthv', weights / weights.sum(-1, keepdims=True), v)
 
@@ -76,6 +80,47 @@ def test_blockwise_values_and_gradients(groups, length, block):
   )
 
 
+# Where the documents of two rows begin: at a block's edge, within, side by side; and none but the
+# row itself, or one that began before it.
+BEGUN = [[0, 7, 8, 64, 100], [0, 129]]
+
+
+def starts_of(length):
+  begun = [[at for at in row if at < length] for row in BEGUN]
+  return jnp.stack([jnp.repeat(jnp.array(r), np.diff([*r, length])) for r in begun])
+
+
+@pytest.mark.parametrize('groups', [1, 2, 6])
+@pytest.mark.parametrize('length', [1, 15, 64, 131, 200])
+def test_documents_of_a_row_are_kept_apart(impl, groups, length):
+  starts = starts_of(length)
+  check_gradients(
+    inputs(length, 6, groups),
+    lambda q, k, v: backends.causal_attention([q], [k], v, scale=0.3, starts=starts, impl=impl),
+    lambda q, k, v: plain(q, k, v, 0.3, None, starts),
+  )
+
+
+def test_documents_are_kept_apart_on_a_mesh(impl):
+  starts = starts_of(131)
+  with jax.set_mesh(mesh_of((2, 1, 2))):
+    check_gradients(
+      inputs(131, 4, 2),
+      lambda q, k, v: backends.causal_attention([q], [k], v, scale=0.3, starts=starts, impl=impl),
+      lambda q, k, v: plain(q, k, v, 0.3, None, starts),
+    )
+
+
+@pytest.mark.parametrize('bad', [jnp.nan, jnp.inf])
+def test_nothing_of_another_document_is_looked_at(impl, bad):
+  q, k, v, _ = inputs(200, 2, 2)
+  starts = starts_of(200)
+  read = functools.partial(backends.causal_attention, scale=0.3, starts=starts, impl=impl)
+  out = read([q], [k.at[0, 40, 1].set(bad)], v)
+  np.testing.assert_array_equal(out[0, 64:], read([q], [k], v)[0, 64:])
+  assert not np.all(np.isfinite(out[0, 40:64]))
+
+
 def check_gradients(arrays, ours, reference=lambda q, k, v: plain(q, k, v, 0.3)):
   """Values, and the gradients of a weighted sum of them, against the reference's."""
   *args, weights = arrays
@@ -119,6 +164,28 @@ def test_cached_against_plain(impl, groups):
   stored = [Stored(x.swapaxes(1, 2), None) for x in (k, v)]
   got = backends.cached_attention([q], stored[:1], stored[1:], positions, scale=0.3, impl=impl)
   np.testing.assert_allclose(got, plain(q, k, v, 0.3, positions), atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8'])
+@pytest.mark.parametrize(('length', 'heads'), [(1, 6), (3, 6), (70, 2)])
+def test_documents_are_kept_apart_in_a_cache(impl, dtype, length, heads):
+  """Queries few and many, of one document and of several; splits and blocks wholly unseen."""
+  slots = 2300
+  q, k, v, _ = inputs(length, heads, 2, n=16, v=16, slots=slots)
+  positions = jnp.array([[2200], [90]]) + jnp.arange(length)[None]
+  starts = jnp.array([[2190], [5]]) + jnp.zeros_like(positions)
+  starts = starts.at[0, length // 2 :].set(2200 + length // 2)
+  wide = (k, v)
+  if dtype == 'int8':
+    stored = [Stored(*quantise(x.swapaxes(1, 2))) for x in wide]
+    wide = [(s.values * s.scale[..., None]).swapaxes(1, 2) for s in stored]
+  else:
+    stored = [Stored(x.swapaxes(1, 2).astype(dtype), None) for x in wide]
+    wide = [x.astype(dtype).astype(jnp.float32) for x in wide]
+  got = backends.cached_attention(
+    [q], stored[:1], stored[1:], positions, scale=0.3, starts=starts, impl=impl
+  )
+  np.testing.assert_allclose(got, plain(q, *wide, 0.3, positions, starts), atol=2e-5)
 
 
 def test_cached_scores_add_up_over_parts(impl):

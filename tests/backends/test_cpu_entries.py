@@ -118,6 +118,27 @@ def test_cached_attention_refuses_what_does_not_fit(name, spoil):
     call('mla_cached_forward', out, spoilt(arrays, name, spoil))
 
 
+@pytest.mark.parametrize('starts', [jnp.zeros((2, 5)), jnp.zeros((2, 4), int), jnp.zeros(10, int)])
+def test_starts_that_do_not_fit_are_refused(starts):
+  causal = [draw(*shape) for shape in CAUSAL.values()]
+  gradient = [*causal, *(draw(*s) for s in (*SUMS.values(), SUMS['output']))]
+  cached = [*cached_arrays().values()]
+  fit = jnp.zeros((2, 5), jnp.int32)
+  call('mla_causal_forward', [*SUMS.values()], [*causal, fit])
+  call('mla_causal_backward', GRADIENTS, [*gradient, fit])
+  call('mla_cached_forward', [(2, 1, 4, 6)], [*cached, fit[:, :1]])
+  starts = starts if starts.dtype == jnp.float32 else starts.astype(jnp.int32)
+  for target, results, arrays in (
+    ('mla_causal_forward', [*SUMS.values()], causal),
+    ('mla_causal_backward', GRADIENTS, gradient),
+    ('mla_cached_forward', [(2, 1, 4, 6)], cached),
+  ):
+    with refused():
+      call(target, results, [*arrays, starts])
+    with refused():
+      call(target, results, [*arrays, fit, fit])
+
+
 @pytest.mark.parametrize('scales', [(4, 11), (2, 12), (48,)])
 def test_int8_keys_need_a_scale_a_vector(scales):
   arrays = cached_arrays()

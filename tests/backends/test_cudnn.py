@@ -82,6 +82,11 @@ def test_what_it_cannot_do_is_told_once_and_done_by_blockwise(monkeypatch, caplo
   queries, keys, values = parts_of(2, 2, 128, 8, 16, 20)
   backends.causal_attention(queries, keys, values, scale=0.2)
   assert '128 dims, not 136' in caplog.records[-1].message
+  queries, keys, values = parts_of(4, 4, 16, 0, 16, 20)
+  starts = jnp.zeros((2, 20), jnp.int32).at[:, 9:].set(9)
+  out = backends.causal_attention(queries, keys, values, scale=0.2, starts=starts)
+  np.testing.assert_array_equal(out, blockwise.causal(queries, keys, values, 0.2, starts))
+  assert 'data.packing' in caplog.records[-1].message
   backends._warn.cache_clear()
 
 
@@ -89,7 +94,7 @@ def test_a_gpu_takes_it_by_itself(monkeypatch):
   monkeypatch.setattr(backends, '_platform', lambda: 'gpu')
   taken = []
   monkeypatch.setattr(
-    cudnn, 'causal', lambda queries, keys, values, scale: taken.append(scale) or queries[0]
+    cudnn, 'causal', lambda queries, keys, values, scale, _: taken.append(scale) or queries[0]
   )
   backends.causal_attention(*parts_of(4, 4, 16, 0, 16, 20), scale=0.2)
   assert taken == [0.2]

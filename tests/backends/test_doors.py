@@ -74,6 +74,31 @@ def test_the_door_to_a_cache_names_what_does_not_fit(impl, spoil, said):
 
 
 @pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize(
+  'starts', [jnp.zeros((2, 4), int), jnp.zeros((1, 5), int), jnp.zeros((2, 5))]
+)
+def test_starts_that_do_not_fit_are_named(impl, starts):
+  x, at = draw(2, 5, 4, 8), jnp.arange(5)[None] + jnp.zeros((2, 1), int)
+  stored = Stored(draw(2, 4, 9, 8), None)
+  with pytest.raises(ValueError, match='starts'):
+    backends.causal_attention([x], [x], x, scale=1.0, starts=starts, impl=impl)
+  with pytest.raises(ValueError, match='starts'):
+    backends.cached_attention([x], [stored], [stored], at, scale=1.0, starts=starts, impl=impl)
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_starts_beyond_the_token_give_nan_to_it_alone(impl):
+  x = draw(1, 5, 4, 8)
+  starts = jnp.array([[0, 3, 0, -7, 2**31 - 1]])
+  out = backends.causal_attention([x], [x], x, scale=1.0, starts=starts, impl=impl)
+  assert np.isnan(out).all(axis=(0, 2, 3)).tolist() == [False, True, False, False, True]
+  assert np.isfinite(out[:, [0, 2, 3]]).all()
+  stored, at = Stored(x.swapaxes(1, 2), None), jnp.arange(5)[None]
+  out = backends.cached_attention([x], [stored], [stored], at, scale=1.0, starts=starts, impl=impl)
+  assert np.isnan(out).all(axis=(0, 2, 3)).tolist() == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize('impl', IMPLS)
 def test_what_is_of_mixed_dtypes_is_refused(impl):
   q, k, v = draw(2, 5, 4, 8), draw(2, 5, 2, 8), draw(2, 5, 2, 6)
   with pytest.raises(ValueError, match='values: bfloat16, queries float32'):

@@ -38,7 +38,7 @@ def draw_parts(batch, length, heads, groups, nope, rope, value, dtype=np.float32
   return queries, keys, draw((*rows, groups, value), dtype)
 
 
-def plain(queries, keys, values, scale):
+def plain(queries, keys, values, scale, starts=None):
   """Parts joined, key heads repeated, all scores at once, in float32."""
   heads = queries[0].shape[2]
 
@@ -49,6 +49,8 @@ def plain(queries, keys, values, scale):
   k = jnp.concatenate([repeat(x) for x in keys], axis=-1)
   scores = jnp.einsum('bthn,bshn->bhts', q, k) * scale
   seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
+  if starts is not None:
+    seen &= jnp.arange(q.shape[1]) >= starts[:, None, :, None]
   weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
   return jnp.einsum('bhts,bshv->bthv', weights, repeat(values))
 
@@ -67,8 +69,9 @@ def with_gradients(attend):
   return jax.jit(both)
 
 
-def check(got, arrays):
-  for one, other in zip(got, with_gradients(plain)(arrays, weights_for(*arrays)), strict=True):
+def check(got, arrays, **how):
+  expected = with_gradients(functools.partial(plain, **how))(arrays, weights_for(*arrays))
+  for one, other in zip(got, expected, strict=True):
     np.testing.assert_allclose(one, other, atol=5e-5)
 
 
@@ -85,6 +88,17 @@ def check(got, arrays):
 def test_values_and_gradients(on_tpu, heads, groups, nope, rope, value, length):
   arrays = draw_parts(1, length, heads, groups, nope, rope, value)
   check(with_gradients(backends.causal_attention)(arrays, weights_for(*arrays)), arrays)
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 1, 2)])
+def test_documents_of_a_row_are_kept_apart(on_tpu, shape):
+  """As its segments, of several blocks, one of them of other documents only; and over a mesh."""
+  arrays = draw_parts(2, 1100, 4, 2, 6, 4, 7)
+  begun = [[0, 1, 600, 1090], [0, 40]]
+  starts = jnp.stack([jnp.repeat(jnp.array(r), np.diff([*r, 1100])) for r in begun])
+  attend = functools.partial(backends.causal_attention, starts=starts)
+  with jax.set_mesh(mesh_of(shape)):
+    check(with_gradients(attend)(arrays, weights_for(*arrays)), arrays, starts=starts)
 
 
 def test_bfloat16_keeps_its_softmax_in_float32(on_tpu):

@@ -18,12 +18,12 @@ def starts(batch):
 
 
 def take(batches, count):
-  return [next(batches) for _ in range(count)]
+  return [next(batches).tokens for _ in range(count)]
 
 
 def test_documents_start_with_bos():
-  tokens = make_stream([b'ab', b'c'], ByteTokenizer())
-  np.testing.assert_array_equal(tokens, [256, 97, 98, 256, 99])
+  stream = make_stream([b'ab', b'c'], ByteTokenizer())
+  np.testing.assert_array_equal(stream.tokens, [256, 97, 98, 256, 99])
 
 
 def test_an_epoch_covers_every_window_once_and_the_next_is_shuffled_anew():
@@ -46,9 +46,9 @@ def test_a_process_reads_its_rows_of_the_very_batches_of_one():
   rows = [np.array([0, 3]), np.array([1, 2]), np.array([1, 2, 3])]  # two may read the same
   parts = [train_batches(STREAM, seed=0, rows=chosen, **SIZES) for chosen in rows]
   for _ in range(60):  # beyond an epoch
-    whole = next(alone)
+    whole = next(alone).tokens
     for chosen, part in zip(rows, parts, strict=True):
-      np.testing.assert_array_equal(next(part), whole[chosen])
+      np.testing.assert_array_equal(next(part).tokens, whole[chosen])
 
 
 def test_a_restored_position_gives_the_same_batches(tmp_path):

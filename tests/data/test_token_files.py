@@ -243,7 +243,7 @@ def test_a_large_text_gives_what_a_small_one_does(tmp_path, monkeypatch, text):
   assert isinstance(large.train.tokens, np.memmap)
   assert large.digest == small.digest
   first = (
-    next(pipeline.train_batches(data.train, seq_len=9, batch_size=4, seed=0))
+    next(pipeline.train_batches(data.train, seq_len=9, batch_size=4, seed=0)).tokens
     for data in (small, large)
   )
   np.testing.assert_array_equal(*first)
@@ -354,7 +354,7 @@ def test_an_enormous_document_is_tokenized_in_pieces(monkeypatch, tmp_path, toke
   if isinstance(tokenizer, ByteTokenizer):
     assert store.tokens['train'].tolist() == expected(TEXTS['train'], tokenizer)
   # Where nothing can be kept they are those of the store.
-  in_memory = pipeline.make_stream(TEXTS['train'], tokenizer)
+  in_memory = pipeline.make_stream(TEXTS['train'], tokenizer).tokens
   np.testing.assert_array_equal(in_memory, store.tokens['train'], strict=True)
 
 

@@ -32,36 +32,41 @@ def prepare(rows: int, cores: int, mesh: Mapping[str, int]) -> None:
 
 
 def causal(
-  queries: Sequence[Array], keys: Sequence[Array], values: Array, scale: float
+  queries: Sequence[Array],
+  keys: Sequence[Array],
+  values: Array,
+  scale: float,
+  starts: Int[Array, 'B T'] | None = None,
 ) -> Array | NotImplementedType:
   """blockwise.causal of up to 32 bits."""
   if values.dtype.itemsize > 4:
     return NotImplemented
   arrays = [x.astype(jnp.float32) for x in (*queries, *keys, values)]
-  return _causal(scale, *arrays).astype(values.dtype)
+  return _causal(scale, starts, *arrays).astype(values.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _causal(scale: float, *arrays: Array) -> Float[Array, 'B T H V']:
-  return _causal_forward(scale, *arrays)[0]
+def _causal(scale: float, starts: Array | None, *arrays: Array) -> Float[Array, 'B T H V']:
+  return _causal_forward(scale, starts, *arrays)[0]
 
 
-def _causal_forward(scale, *arrays):
+def _causal_forward(scale, starts, *arrays):
   parts = len(arrays) // 2
-  out, log_sums = causal_with_sums(arrays[:parts], arrays[parts:-1], arrays[-1], scale)
-  return out, (arrays, out, log_sums)
+  out, log_sums = causal_with_sums(arrays[:parts], arrays[parts:-1], arrays[-1], scale, starts)
+  return out, (arrays, starts, out, log_sums)
 
 
 def _causal_backward(scale, saved, d_out):
-  arrays, out, log_sums = saved
+  arrays, starts, out, log_sums = saved
   parts = len(arrays) // 2
   gradients = causal_gradients(
-    arrays[:parts], arrays[parts:-1], arrays[-1], out, log_sums, d_out, scale
+    arrays[:parts], arrays[parts:-1], arrays[-1], out, log_sums, d_out, scale, starts
   )
-  return tuple(
+  whole = (
     jnp.sum(gradient, axis=2, keepdims=True) if x.shape[2] < gradient.shape[2] else gradient
     for x, gradient in zip(arrays, gradients, strict=True)
   )
+  return None, *whole
 
 
 _causal.defvjp(_causal_forward, _causal_backward)
@@ -72,16 +77,20 @@ def causal_with_sums(
   keys: Sequence[Float[Array, 'B T _ _']],
   values: Float[Array, 'B T K V'],
   scale: float,
+  starts: Int[Array, 'B T'] | None = None,
 ) -> tuple[Float[Array, 'B T H V'], Float[Array, 'B H T']]:
   """Causal attention's output, float32, and the log of each softmax's sum."""
 
   def local(*arrays):
     batch, length, heads, _ = arrays[0].shape
-    shapes = (batch, length, heads, arrays[-1].shape[-1]), (batch, heads, length)
+    width = arrays[2 * len(queries)].shape[-1]
+    shapes = (batch, length, heads, width), (batch, heads, length)
     return _call('mla_causal_forward', shapes, arrays, len(queries), scale)
 
   axes = ['BTH_'] * len(queries) + ['BTK_'] * (len(keys) + 1)
   arrays = (*queries, *keys, values)
+  if starts is not None:
+    arrays, axes = (*arrays, starts), [*axes, 'BT']
   out, log_sums = per_device(local, arrays, axes, ['BTH_', 'BHT'], values.shape[2])
   return out, log_sums
 
@@ -94,6 +103,7 @@ def causal_gradients(
   log_sums: Float[Array, 'B H T'],
   d_out: Float[Array, 'B T H V'],
   scale: float,
+  starts: Int[Array, 'B T'] | None = None,
 ) -> tuple[Array, ...]:
   """The gradients of queries, keys and values, from causal_with_sums and its output's gradient.
 
@@ -107,11 +117,13 @@ def causal_gradients(
     shapes[parts : 2 * parts] = [(*s[:2], groups, s[3]) for s in shapes[parts : 2 * parts]]
     return _call('mla_causal_backward', shapes, arrays, parts, scale)
 
-  given = ['BTH_'] * parts + ['BTK_'] * (parts + 1)
+  results = ['BTH_'] * parts + ['BTK_'] * (parts + 1)
+  given = [*results, 'BTH_', 'BHT', 'BTH_']
   arrays = (*queries, *keys, values, out, log_sums, d_out)
-  groups = values.shape[2]
+  if starts is not None:
+    arrays, given = (*arrays, starts), [*given, 'BT']
   # The letter of a key's gradient is that of the values, whatever heads the key itself has.
-  return per_device(local, arrays, [*given, 'BTH_', 'BHT', 'BTH_'], given, groups)
+  return per_device(local, arrays, given, results, values.shape[2])
 
 
 def cached(
@@ -120,6 +132,7 @@ def cached(
   values: Sequence[Stored],
   positions: Int[Array, 'B T'],
   scale: float,
+  starts: Int[Array, 'B T'] | None = None,
 ) -> Array | NotImplementedType:
   """blockwise.cached of queries up to 32 bits and values in one part.
 
@@ -129,10 +142,11 @@ def cached(
     return NotImplemented
 
   def local(*arrays):
-    shape = (*arrays[0].shape[:3], arrays[-3].shape[-1])
+    stored = arrays[len(queries) : last]
+    shape = (*arrays[0].shape[:3], stored[-2].shape[-1])
     # B and K as one axis: of a K of 1 XLA would make a copy, for the layout's sake.
-    flat = [x.reshape(math.prod(x.shape[:2]), *x.shape[2:]) for x in arrays[len(queries) : -1]]
-    inputs = [*arrays[: len(queries)], *flat, arrays[-1]]
+    flat = [x.reshape(math.prod(x.shape[:2]), *x.shape[2:]) for x in stored]
+    inputs = [*arrays[: len(queries)], *flat, *arrays[last:]]
     return _call('mla_cached_forward', [shape], inputs, len(queries), scale)
 
   arrays = [query.astype(jnp.float32) for query in queries]
@@ -141,8 +155,11 @@ def cached(
     none = jnp.zeros((*array.shape[:2], 0), jnp.float32)
     arrays += [array, none if scales is None else scales]
     axes += ['BKS_', 'BKS']
+  last = len(arrays)
+  seen = [positions] if starts is None else [positions, starts]
+  axes += ['BT'] * len(seen)
   groups = values[0].values.shape[1]
-  (out,) = per_device(local, (*arrays, positions), [*axes, 'BT'], ['BTH_'], groups)
+  (out,) = per_device(local, (*arrays, *seen), axes, ['BTH_'], groups)
   return out.astype(queries[0].dtype)
 
 

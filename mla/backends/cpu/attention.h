@@ -95,6 +95,13 @@ float* sums_of(Arrays& arrays, int64_t i, int64_t B, int64_t H, int64_t T) {
   return reinterpret_cast<float*>(array.untyped_data());
 }
 
+// Where each token's document begins in its row, [B, T]: array `given`, which a call may leave out.
+inline const int32_t* starts_of(ffi::RemainingArgs& args, size_t given, int64_t B, int64_t T) {
+  if (args.size() == given) return nullptr;
+  return reinterpret_cast<const int32_t*>(
+      fitting(array_of(args, given), "starts", {ffi::DataType::S32}, {B, T}).untyped_data());
+}
+
 using Parts = std::vector<Heads>;
 
 inline void copy_scaled(const float* from, int64_t dims, float scale, float* to) {

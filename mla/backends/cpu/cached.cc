@@ -112,6 +112,7 @@ struct Cached {
   std::vector<Stored> keys;
   Stored values;
   const int32_t* positions;  // [B, T]
+  const int32_t* starts;     // [B, T], or null
   float scale;
   int64_t B, T, H, K, splits, v_row, rows;
 };
@@ -119,12 +120,15 @@ struct Cached {
 // Makes scores of slots s .. s + count weights, as far as query r sees them; the softmax goes on.
 float to_weights(const Cached& c, int64_t b, int64_t k, int64_t s, int64_t count, int64_t r,
                  Running* running, float* row) {
-  const int64_t position = c.positions[b * c.T + r / (c.H / c.K)];
-  const int64_t seen = std::clamp<int64_t>(position + 1 - s, 0, count), cols = padded(count);
-  if (seen == 0) {  // a query earlier than all of these
+  const int64_t query = b * c.T + r / (c.H / c.K);
+  const int64_t seen = std::clamp<int64_t>(c.positions[query] + 1 - s, 0, count);
+  const int64_t hidden = c.starts ? std::clamp<int64_t>(c.starts[query] - s, 0, seen) : 0;
+  const int64_t cols = padded(count);
+  if (seen == hidden) {  // a query earlier than all of these, or of a later document
     std::memset(row, 0, sizeof(float) * cols);
     return 1;
   }
+  std::fill(row, row + hidden, NONE);
   for (int64_t i = seen; i < cols; ++i) row[i] = NONE;
   const float shrink = running[r].take(row, cols);
   if (c.values.scales) times_scales(row, c.values, b, k, s, count);
@@ -218,7 +222,12 @@ void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* r
   const int64_t last = *std::max_element(positions, positions + c.T);  // later slots are unseen
   // A row with more tokens than slots: nothing is read, so that all it gets is 0 / 0, NaN.
   if (last >= c.values.S) return;
-  const int64_t start = split * SPLIT, end = std::min(start + SPLIT, last + 1);
+  const int64_t end = std::min((split + 1) * SPLIT, last + 1);
+  int64_t start = split * SPLIT;
+  if (c.starts) {  // earlier slots are unseen too
+    const int32_t* starts = c.starts + b * c.T;
+    start = std::max<int64_t>(start, *std::min_element(starts, starts + c.T) / BLOCK * BLOCK);
+  }
   if (end <= start) return;
 
   Scratch scratch;
@@ -245,7 +254,9 @@ void read_split(const Cached& c, int64_t b, int64_t k, int64_t split, Running* r
 
 Cached checked(ffi::RemainingArgs& args, ffi::RemainingRets& rets, int64_t parts, float scale) {
   require(0 < parts && parts <= MOST_PARTS, "parts: must be 1 to 64");
-  require(args.size() == 3 * parts + 3, "cached attention: wrong number of arguments");
+  const size_t given = 3 * parts + 3;
+  require(args.size() == given || args.size() == given + 1,
+          "cached attention: wrong number of arguments");
   require(rets.size() == 1, "cached attention: wrong number of results");
   Cached c;
   c.scale = scale;
@@ -262,6 +273,7 @@ Cached checked(ffi::RemainingArgs& args, ffi::RemainingRets& rets, int64_t parts
   c.positions = reinterpret_cast<const int32_t*>(
       fitting(array_of(args, 3 * parts + 2), "positions", {ffi::DataType::S32}, {c.B, c.T})
           .untyped_data());
+  c.starts = starts_of(args, given, c.B, c.T);
   c.splits = (c.values.S + SPLIT - 1) / SPLIT;
   c.v_row = padded(c.values.dims), c.rows = c.T * c.H / c.K;
   return c;
@@ -296,7 +308,8 @@ void attend(ffi::ThreadPool pool, const Cached& c, Heads out) {
       }
 }
 
-// Arguments: queries, then per key its values and scales, then those of the values, then positions.
+// Arguments: queries, then per key its values and scales, then those of the values, then positions,
+// then perhaps starts.
 ffi::Error cached_forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                           int64_t parts, float scale) {
   return answer([&] {

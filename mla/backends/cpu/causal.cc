@@ -47,18 +47,26 @@ inline void hide_later(float* scores, int64_t row, int64_t keys) {  // on the di
   for (int64_t s = row + 1; s < keys; ++s) scores[s] = NONE;
 }
 
+// The first `hidden` of a row's keys, which are of other documents.
+inline void hide_earlier(float* scores, int64_t hidden, int64_t keys) {
+  std::fill(scores, scores + std::min(hidden, keys), NONE);
+}
+
 struct Causal {
   Parts queries, keys;
   Heads values;
+  const int32_t* starts;  // or null
   float scale;
   int64_t B, T, H, K, n, n_row, v_row, blocks;
 
-  // `more` arrays follow the values, and `results` are to be filled.
+  // `more` arrays follow the values, then perhaps the starts, and `results` are to be filled.
   Causal(ffi::RemainingArgs& args, ffi::RemainingRets& rets, int64_t parts, float scale, size_t more,
          size_t results)
       : scale(scale) {
     require(0 < parts && parts <= MOST_PARTS, "parts: must be 1 to 64");
-    require(args.size() == 2 * parts + 1 + more, "causal attention: wrong number of arguments");
+    const size_t given = 2 * parts + 1 + more;
+    require(args.size() == given || args.size() == given + 1,
+            "causal attention: wrong number of arguments");
     require(rets.size() == results, "causal attention: wrong number of results");
     queries.push_back(heads_of(args, 0, "queries", {ANY, ANY, ANY, ANY}));
     B = array_of(args, 0).dimensions()[0], T = queries[0].T, H = queries[0].heads;
@@ -69,10 +77,25 @@ struct Causal {
       keys.push_back(heads_of(args, parts + i, "keys", {B, T, ANY, queries[i].dims}));
       require(keys[i].heads == 1 || keys[i].heads == K, "keys: must have one head or the values'");
     }
+    starts = starts_of(args, given, B, T);
     n = dims_of(queries);
     n_row = padded(n), v_row = padded(values.dims), blocks = (T + BLOCK - 1) / BLOCK;
   }
   int64_t count(int64_t block) const { return std::min<int64_t>(BLOCK, T - block * BLOCK); }
+
+  // The first block of keys of which a query of block i sees any.
+  int64_t first_block(int64_t b, int64_t i) const {
+    if (!starts) return 0;
+    const int32_t* own = starts + b * T + i * BLOCK;
+    const int64_t first = *std::min_element(own, own + count(i));
+    return std::clamp<int64_t>(first / BLOCK, 0, i);
+  }
+
+  // Keys of block j that lie before the document of query r of block i.
+  int64_t hidden(int64_t b, int64_t i, int64_t r, int64_t j) const {
+    if (!starts) return 0;
+    return std::clamp<int64_t>(starts[b * T + i * BLOCK + r] - j * BLOCK, 0, BLOCK);
+  }
 };
 
 void forward_of_head(const Causal& c, int64_t b, int64_t k, Heads out, float* log_sums) {
@@ -94,13 +117,19 @@ void forward_of_head(const Causal& c, int64_t b, int64_t k, Heads out, float* lo
       Running running[BLOCK];
       gather(c.queries, b, i * BLOCK, count, h, c.H, c.scale, rows, c.n_row);
       std::memset(mixed, 0, sizeof(float) * BLOCK * c.v_row);
-      for (int64_t j = 0; j <= i; ++j) {
+      for (int64_t j = c.first_block(b, i); j <= i; ++j) {
         visit_strips(j == i, count, [&](int64_t first, int64_t height, int64_t seen) {
           matmul(false, height, c.n, seen, {rows + first * c.n_row, c.n_row, 1},
                  columns + j * c.n_row * BLOCK, BLOCK, scores, BLOCK);
           for (int64_t r = first; r < first + height; ++r) {
             float* row = scores + (r - first) * BLOCK;
             if (j == i) hide_later(row, r, seen);
+            const int64_t hidden = c.hidden(b, i, r, j);
+            if (hidden > 0 && hidden >= (j == i ? r + 1 : seen)) {  // all of them
+              std::memset(row, 0, sizeof(float) * seen);
+              continue;
+            }
+            hide_earlier(row, hidden, seen);
             shrink_row(mixed + r * c.v_row, c.v_row, running[r].take(row, seen));
           }
           matmul(true, height, seen, c.v_row, {scores, BLOCK, 1}, values + j * BLOCK * c.v_row,
@@ -166,7 +195,7 @@ void backward_of_head(const Causal& c, int64_t b, int64_t k, Heads out, const fl
       for (int64_t r = 0; r < count; ++r)
         means[r] = inner(out.at(b, i * BLOCK + r, h), d_rows + r * c.v_row, out.dims);
       std::memset(d_queries, 0, sizeof(float) * BLOCK * c.n_row);
-      for (int64_t j = 0; j <= i; ++j) {
+      for (int64_t j = c.first_block(b, i); j <= i; ++j) {
         visit_strips(j == i, count, [&](int64_t first, int64_t height, int64_t seen) {
           float* block = weights + first * BLOCK;
           float* d_block = d_scores + first * BLOCK;
@@ -178,6 +207,7 @@ void backward_of_head(const Causal& c, int64_t b, int64_t k, Heads out, const fl
             float* row = weights + r * BLOCK;
             float* d_row = d_scores + r * BLOCK;
             if (j == i) hide_later(row, r, seen);
+            hide_earlier(row, c.hidden(b, i, r, j), seen);
             const float log_sum = log_sums[(b * c.H + h) * c.T + i * BLOCK + r];
             for (int64_t s = 0; s < seen; s += LANES) {
               const Vec weight = exponential(load(row + s) - log_sum);
