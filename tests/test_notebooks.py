@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_config
-from sweeps import made_up_sweep
+from sweeps import made_up_probe, made_up_sweep
 
 from mla.sweep import report
 from mla.train import train_and_evaluate
@@ -26,6 +26,17 @@ def small_sweep(tmp_path_factory) -> Path:
   folder = made_up_sweep(tmp_path_factory.mktemp('sweep'))
   report.write(folder)
   return folder
+
+
+@pytest.fixture(scope='module')
+def small_probes(tmp_path_factory) -> Path:
+  """Two sweeps over a probe, of records of two sizes, as results/probes has them."""
+  root = tmp_path_factory.mktemp('probes')
+  for attributes in (4, 8):
+    folder = root / f'payload_{attributes}'
+    folder.mkdir()
+    report.write(made_up_probe(folder, attributes))
+  return root
 
 
 @pytest.fixture(scope='module')
@@ -47,12 +58,12 @@ def cells(path: Path, kind: str) -> list[dict]:
   return [cell for cell in json.loads(path.read_text())['cells'] if cell['cell_type'] == kind]
 
 
-def test_there_are_five():
-  assert len(NOTEBOOKS) == 5
+def test_there_are_six():
+  assert len(NOTEBOOKS) == 6
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path, small_sweep, tiny_run):
+def test_a_notebook_runs(path, small_sweep, small_probes, tiny_run):
   code = '\n\n'.join(''.join(cell['source']) for cell in cells(path, 'code')) + CHECK
   done = subprocess.run(
     [sys.executable, '-c', code],
@@ -64,6 +75,7 @@ def test_a_notebook_runs(path, small_sweep, tiny_run):
       'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}',
       'MLA_LAB_SWEEP': str(small_sweep),
       'MLA_LAB_RUN': str(tiny_run),
+      'MLA_LAB_PROBES': str(small_probes),
       'MPLBACKEND': 'Agg',
       'JAX_PLATFORMS': 'cpu',
     },
