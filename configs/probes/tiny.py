@@ -1,4 +1,9 @@
-"""What the probes share: two layers of width 64, which train in half a minute on a core."""
+"""What the probes share: two layers of width 64, which train in ten seconds on a quiet core.
+
+After 1,000 steps full attention answers all, most of it by step 400. The learning rate is the one
+thing that must be chosen arm by arm: at 0.012 a latent of 8 stayed at guessing, at 0.006 it had
+0.98 (docs/log.md), so a bad rate looks like a small cache.
+"""
 
 from configs import base
 
