@@ -206,7 +206,7 @@ def _score(trial: Trial, workdir: Path) -> dict[str, Any]:
   whole, *prefixes = found
   line = {**trial.line, 'status': 'done', **whole}
   if prefixes:
-    told = (*widths.FIGURES, 'window_nll')
+    told = (*widths.FIGURES, *widths.OF_SOME, 'window_nll')
     line['prefixes'] = [
       {name: prefix[name] for name in told if name in prefix} for prefix in prefixes
     ]

@@ -8,11 +8,12 @@ there is only one run.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# What 'prefixes' tell of each.
+# What 'prefixes' tell of each, and what of some only.
 FIGURES = (
   *'latent_dim params_total params_non_embedding kv_cache_bytes_per_token'.split(),
-  *'perplexity bits_per_byte loss accuracy bits_recalled'.split(),
+  *'perplexity loss'.split(),
 )
+OF_SOME = ('bits_per_byte', 'accuracy', 'bits_recalled')  # of text, and of probes
 
 
 def name(whole: str, width: int) -> str:

@@ -10,7 +10,7 @@ from mla.errors import UserError
 from mla.sweep import frontier, report, widths
 from mla.sweep import run as sweep
 
-PREFIX = dict.fromkeys(widths.FIGURES, 1.0)
+PREFIX = dict.fromkeys((*widths.FIGURES, 'bits_per_byte'), 1.0)
 
 
 def nested(seed: int, loss: float, rate: float = test_frontier.RATE) -> dict:
@@ -88,4 +88,4 @@ def test_each_widths_windows_are_kept(tmp_path):
       f'{line["trial"]}@2': np.float32(1.3),
     }
   (stored,) = [json.loads(raw) for raw in (tmp_path / 'results.jsonl').read_text().splitlines()]
-  assert [set(prefix) for prefix in stored['prefixes']] == [set(widths.FIGURES)] * 2
+  assert [set(prefix) for prefix in stored['prefixes']] == [set(PREFIX)] * 2
