@@ -1,18 +1,23 @@
 """A trained model compressed after the fact: perplexity against the bytes of its cache.
 
 python -m bench.compress --workdir=W [--sizes=320,256,192,128] [--rope_dims=64] [--tokens=2048]
-                         [--window=256] [--json=FILE] [--plot=FILE]
+                         [--window=256] [--trained=V,...] [--json=FILE] [--plot=FILE]
 
 W is an MHA, GQA or MQA run, such as an imported one; nothing of it is changed. By each method and
 size: perplexity of evenly spread windows of the validation text, read through a float32 cache, and
 the bytes of those arrays; for the source and the whitened method through the other dtypes too.
-`rotary only` has every rank, so what it loses is the rotary part's.
+`rotary only` has every rank, so what it loses is the rotary part's. V are runs of W's tokenizer,
+such as compressed ones that were trained on, called by their folders' names. What FILE has already
+is not measured again.
 """
 
 import argparse
+import functools
 import json
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,18 +31,28 @@ def main() -> None:
   parser.add_argument('--rope_dims', default='64')
   parser.add_argument('--tokens', type=int, default=2048)
   parser.add_argument('--window', type=int, default=256)
+  parser.add_argument('--trained', default='')
   parser.add_argument('--json')
   parser.add_argument('--plot')
   args = parser.parse_args()
-  rows = list(measure(args))
-  report = {'hardware': harness.hardware(), 'tokens': args.tokens, 'window': args.window}
-  if args.json:
-    Path(args.json).write_text(json.dumps({**report, 'rows': rows}, indent=2) + '\n')
+  about = {'tokens': args.tokens, 'window': args.window}
+  rows: list[dict] = []
+  if args.json and Path(args.json).exists():
+    found = json.loads(Path(args.json).read_text())
+    if {key: found[key] for key in about} != about:
+      raise SystemExit(f'{args.json}: holds other windows; give another file')
+    rows = found['rows']
+  for row in measure(args, rows):
+    rows.append(row)
+    print(json.dumps(row), flush=True)
+    if args.json:
+      report = {'hardware': harness.hardware(), **about, 'rows': rows}
+      Path(args.json).write_text(json.dumps(report, indent=2) + '\n')
   if args.plot:
     draw(rows, args.plot)
 
 
-def measure(args):
+def measure(args, known: list[dict]) -> Iterator[dict]:
   from mla import evaluate, generate, sharding
   from mla.cache import DTYPES
   from mla.convert import compress
@@ -46,29 +61,48 @@ def measure(args):
   run = generate.load(Path(args.workdir))
   data = load_data(run.config)
   windows = eval_windows(data.validation, seq_len=args.window, max_tokens=args.tokens)
-  calibration = eval_windows(data.train, seq_len=512, max_tokens=compress.CALIBRATION)
-  observed = compress.observe(run.model, calibration.tokens[:, :-1])
   mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1})
 
-  def read(model, method: str, latent: int | None, rope: int | None, dtypes):
-    for dtype in dtypes:
-      found = evaluate.read_through_cache(model, windows, dtype, mesh)
-      loss = found.by_window.sum() / windows.mask.sum()
-      row = {'method': method, 'latent_dim': latent, 'rope_dim': rope, 'cache_dtype': dtype}
-      row |= {'bytes_per_token': found.bytes_per_token, 'loss': float(loss)}
-      row['perplexity'] = math.exp(loss)
-      print(json.dumps(row), flush=True)
-      yield row
+  @functools.cache
+  def observed():
+    calibration = eval_windows(data.train, seq_len=512, max_tokens=compress.CALIBRATION)
+    return compress.observe(run.model, calibration.tokens[:, :-1])
 
-  yield from read(run.model, 'source', None, None, DTYPES)
+  def read(make: Callable[[], Any], method: str, latent: int | None, rope: int | None, dtypes):
+    what = {'method': method, 'latent_dim': latent, 'rope_dim': rope}
+    missing = [
+      dtype
+      for dtype in dtypes
+      if not any({**row, **what, 'cache_dtype': dtype} == row for row in known)
+    ]
+    model: Any = make() if missing else None
+    for dtype in missing:
+      found = evaluate.read_through_cache(model, windows, dtype, mesh)
+      loss = float(found.by_window.sum() / windows.mask.sum())
+      size = found.bytes_per_token
+      yield {
+        **what, 'cache_dtype': dtype, 'bytes_per_token': size, 'loss': loss,
+        'perplexity': math.exp(loss),
+      }  # fmt: skip
+
+  def small(latent: int, rope: int, method: str) -> Any:
+    return compress.convert(run.config, run.model, observed(), latent, rope, method)[1]
+
+  yield from read(lambda: run.model, 'source', None, None, DTYPES)
+  for workdir in filter(None, args.trained.split(',')):
+    trained = generate.load(Path(workdir))
+    latent, rope = trained.config.latent_dim or None, trained.config.rope_dim or None
+    make = functools.partial(getattr, trained, 'model')
+    yield from read(make, Path(workdir).name, latent, rope, DTYPES[:1])
   for rope in map(int, args.rope_dims.split(',')):
     full = compress.full_rank(run.config, rope)
-    whole = compress.convert(run.config, run.model, observed, full, rope, 'svd')[1]
-    yield from read(whole, 'rotary only', full, rope, DTYPES[:1])
+    make = functools.partial(small, full, rope, 'svd')
+    yield from read(make, 'rotary only', full, rope, DTYPES[:1])
     for size in map(int, args.sizes.split(',')):
       for method in compress.METHODS:
-        model = compress.convert(run.config, run.model, observed, size, rope, method)[1]
-        yield from read(model, method, size, rope, DTYPES if method == 'whitened' else DTYPES[:1])
+        dtypes = DTYPES if method == 'whitened' else DTYPES[:1]
+        make = functools.partial(small, size, rope, method)
+        yield from read(make, method, size, rope, dtypes)
 
 
 def draw(rows: list[dict], path: str) -> None:

@@ -4,6 +4,7 @@ Nothing is left to chance: a label goes where no other text is, or is not drawn 
 so (labels.py); a variant's name, colour and marker come from one table (styles.py).
 """
 
+from mla.plots.compressed import compressed
 from mla.plots.costs import bars, cache_memory, stacks
 from mla.plots.cuts import cuts
 from mla.plots.diagrams import absorption
@@ -13,7 +14,7 @@ from mla.plots.recalls import knees, recall
 from mla.plots.styles import save, style
 
 __all__ = [
-  'absorption', 'attention_maps', 'bars', 'by_position', 'cache_memory', 'cuts', 'dtypes',
-  'equal_bytes', 'frontier', 'int8_parts', 'knees', 'latent_knob', 'perplexity', 'recall', 'save',
-  'spectra', 'stacks', 'style',
+  'absorption', 'attention_maps', 'bars', 'by_position', 'cache_memory', 'compressed', 'cuts',
+  'dtypes', 'equal_bytes', 'frontier', 'int8_parts', 'knees', 'latent_knob', 'perplexity', 'recall',
+  'save', 'spectra', 'stacks', 'style',
 ]  # fmt: skip
