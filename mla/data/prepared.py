@@ -37,8 +37,7 @@ class Prepared:
       )
     self.name = name
     self._run = f'run: tfds build {name} --file_format=array_record --data_dir={root}'
-    self._run += ' (needs a network and an environment of its own: pip install tensorflow '
-    self._run += 'tensorflow-datasets apache-beam mlcroissant importlib_resources)'
+    self._run += " (needs a network, and pip install -e '.[tfds-build]' in a venv of its own)"
     self._folder = self._find(root)
     self._cure = f'make it readable, or remove {self._folder} and {self._run}'
     self._builder = self._open()
