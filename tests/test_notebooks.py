@@ -58,8 +58,8 @@ def cells(path: Path, kind: str) -> list[dict]:
   return [cell for cell in json.loads(path.read_text())['cells'] if cell['cell_type'] == kind]
 
 
-def test_there_are_seven():
-  assert len(NOTEBOOKS) == 7
+def test_there_are_eight():
+  assert len(NOTEBOOKS) == 8
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
