@@ -87,7 +87,7 @@ def test_what_is_set_before_a_text_is_set_once_a_document(made, monkeypatch):
   text = b'a be  cab\n\n be a\n abc'
   for size in range(2, len(text)):
     monkeypatch.setattr(documents, 'PIECE', size)
-    ids = make_stream([text, b'a'], ours)
+    ids = make_stream([text, b'a'], ours).tokens
     assert ours.byte_lengths[ids].sum() == len(text) + 1
     first = ids[1 : np.flatnonzero(ids == ours.bos)[1]]
     assert ours.decode(first.astype(np.int32)) == text.decode()
@@ -101,7 +101,7 @@ def test_metaspace_is_left_out_in_the_midst_too(tmp_path, monkeypatch, scheme):
   made.save(str(tmp_path / 'tokenizer.json'))
   ours = HuggingFaceTokenizer(tmp_path)
   monkeypatch.setattr(documents, 'PIECE', 4)
-  ids = make_stream([b'abe cab\nbe'], ours)
+  ids = make_stream([b'abe cab\nbe'], ours).tokens
   assert ours.decode(ids[1:].astype(np.int32)) == 'abe cab\nbe'
 
 
