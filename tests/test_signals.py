@@ -92,7 +92,12 @@ def test_ctrl_c_with_nothing_to_save_ends_quietly(capsys, monkeypatch):
   def main():
     signal.raise_signal(signal.SIGINT)
 
-  with pytest.raises(SystemExit) as ended:
-    cli.run(main, ['eval.py'])
+  # As Python begins: what ran in this process before, asyncio among it, may have set another.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with pytest.raises(SystemExit) as ended:
+      cli.run(main, ['eval.py'])
+  finally:
+    signal.signal(signal.SIGINT, before)
   assert ended.value.code == 130
   assert capsys.readouterr().err == ''
