@@ -2,7 +2,7 @@
 
 85M of them are in the layers, the size of GPT-2 small, and 49M in the embedding and the output
 projection of 32,000 subwords. `data.*` is to be set to a corpus of billions of tokens: the embedded
-one has three million of them.
+one has 2.3 million of them.
 
 The learning rate is the usual one of this size; nothing here has been tuned yet.
 """

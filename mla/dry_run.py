@@ -98,7 +98,10 @@ def find(target: str | None, price: float | None, mfu: float | None) -> Target:
     raise UserError(f'--mfu={mfu}: goes with --price; give that too, or leave it out')
   found = targets.find(target)
   if price is not None and found.chip.flops is None:
-    raise UserError(f'--price: the peak of {found.name} is not known; name a --target')
+    raise UserError(
+      f'--price: the peak of {found.name} is not known; a cost needs an accelerator, such as '
+      '--target=v5e:2x4'
+    )
   return found
 
 
@@ -387,7 +390,7 @@ def _fits(report: dict[str, Any]) -> str:
   if spare < 0 and report['fits']:
     return f'yes: {_size(peak)} of {_size(there)} a device at once, {_size(there - spare)} added up'
   if spare < 0:
-    return f'no: of {_size(there)} a device {_size(-spare)} too little'
+    return f'no: {_size(-spare)} more than the {_size(there)} that a device has'
   return f'yes: {_size(there - spare)} of {_size(there)} a device{at_once}'
 
 

@@ -52,7 +52,17 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> str:
   left_out |= set() if any(run['bits_per_byte'] is not None for run in runs) else {10}
   kept = [place for place in range(len(heads)) if place not in left_out]
   table = [[row[place] for place in kept] for row in (heads, *rows)]
-  return columns(table, words={0, 1, 5}, width=terminal.width())
+  told = columns(table, words={0, 1, 5}, width=terminal.width())
+  texts: dict[str, list[str]] = {}
+  for run in runs:
+    texts.setdefault(run.get('data_digest', ''), []).append(Path(run['workdir']).name)
+  if len(texts) > 1:
+    groups = ' | '.join(', '.join(dict.fromkeys(names)) for names in texts.values())
+    told += '\n\n' + terminal.fit(
+      f'not of one text and tokenizer: {groups}. Perplexity cannot be compared between these, and '
+      'bits/byte only where they read the same validation text'
+    )
+  return told
 
 
 def _interval(bounds: Sequence[float] | None) -> str:

@@ -133,6 +133,8 @@ def read_config(workdir: Path) -> ConfigDict:
   path = workdir / 'config.json'
   cure = 'restore it or train again elsewhere'
   try:
+    if not path.exists() and (workdir / 'trials').is_dir():
+      raise UserError(f'--workdir={workdir}: is a sweep; its runs are the folders in its trials/')
     if not path.exists():
       raise UserError(
         f'--workdir={workdir}: no run there (config.json is missing); train one first'

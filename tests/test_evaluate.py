@@ -305,6 +305,12 @@ def test_the_table_says_what_a_device_holds_where_devices_share():
   assert tables.compare([alone]) == tables.compare([RUN])
 
 
+def test_the_table_says_which_runs_read_another_text():
+  here, there = ({**RUN, 'workdir': name, 'data_digest': name * 2} for name in 'ab')
+  assert 'not of one text and tokenizer: a | b.' in tables.compare([here, there])
+  assert 'not of one' not in tables.compare([here, here])
+
+
 @pytest.mark.parametrize('interval', [None, [3.0 + 1e-15, 3.0 - 1e-15]])
 def test_a_picture_needs_no_interval(tmp_path, interval):
   """None of too few windows; one turned round by rounding where all windows are alike."""

@@ -153,6 +153,8 @@ Source = Safetensors | Gguf
 def read_config(folder: Path) -> dict[str, Any]:
   """A folder's config.json."""
   path = folder / 'config.json'
+  if not folder.is_dir():
+    raise UserError(f'{folder}: no such folder; nothing is downloaded, so fetch the model first')
   if not path.exists():
     raise UserError(f'{folder}: has no config.json; name the folder of a model')
   found = files.read_json(path, 'fetch it again')

@@ -267,5 +267,7 @@ def _count_characters(field: str, path: Path, raw: Raw, before: int) -> int:
       count += len(decoder.decode(block, final=start + BLOCK >= len(raw)))
     except UnicodeDecodeError as error:
       place = start - pending + error.start
-      raise UserError(f'{field}: {path} is not UTF-8 at byte {place}; convert it') from error
+      raise UserError(
+        f'{field}: {path} is not UTF-8 at byte {place}; convert it (iconv -t UTF-8)'
+      ) from error
   return count
