@@ -101,7 +101,6 @@ def sweep_sentences() -> list[str]:
   share = {
     a['latent_dim']: rotary / (rotary + a['latent_dim']) for a in arms.values() if a['latent_dim']
   }
-  looks = [NUMBERS[len(look['seeds'])] for look in summary['looks']]
   return [
     f'{NUMBERS[len(arms)].capitalize()} arms of {weights} non-embedding parameters, {steps} steps, '
     f'{NUMBERS[rates]} learning rates an arm. One seed chose',
@@ -125,9 +124,6 @@ def sweep_sentences() -> list[str]:
     'MHA with one head {} ({})'.format(*behind('mha-1-head')),
     f'MLA up to C = {max(latent for latent, part in share.items() if part >= 0.5)} are its rotary',
     'The intervals are two-sided 95 %',
-    f"named MQA's {size[smallest]} bytes as the sweet spot, within 0.0199",  # what stood there
-    f'correlation of two arms over seeds is {summary["correlation"]["mean"]:.2f}',
-    f'looking after {", ".join(looks[:-1])} and {looks[-1]} seeds',
   ]
 
 
