@@ -27,7 +27,8 @@ UNSEEN = 'attention rope_base rope_dim rope_scaling norm_eps'.split()
 def settle(workdir: Path, asked: Path | None, *, begun: bool) -> str | None:
   """Whose weights the run of this workdir starts with: those asked for, or those it has noted.
 
-  `begun` says that it has a checkpoint. UserError if it started otherwise than is asked now.
+  `begun` says that it has a checkpoint; before, another may be asked for. UserError if it started
+  otherwise than is asked now.
   """
   path = workdir / RECORD
   noted: Path | None = None
@@ -38,7 +39,7 @@ def settle(workdir: Path, asked: Path | None, *, begun: bool) -> str | None:
     noted = Path(found['workdir'])
   if asked is None:
     return None if noted is None else str(noted)
-  if noted is None and not begun:
+  if not begun:  # nothing has come of what is noted, which may not have fitted
     try:
       files.write_whole(path, json.dumps({'workdir': str(asked.absolute())}) + '\n')
     except OSError as error:
@@ -72,7 +73,8 @@ def weights(source: Path, config: ConfigDict, tokenizer: str, params: Any) -> tu
       weight = name.removesuffix('/value')
       there, here = (_shape(of.get(name)) for of in (shapes, wanted))
       raise UserError(
-        f'--init_from={source}: {weight} is {there} there and {here} here{_fields(theirs, config)}'
+        f'--init_from={source}: {weight} is {there} there and {here} here'
+        f'{_fields(theirs, config)}; give a run of the same shape, or set these fields alike'
       )
   for name in UNSEEN:
     if theirs.get(name) != config.get(name):

@@ -68,6 +68,17 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_with_the_same
   assert init_from.settle(tmp_path, None, begun=False) == str(source)
 
 
+def test_before_its_first_checkpoint_another_run_may_be_asked_for(source, tmp_path):
+  """What was asked for first may not have fitted."""
+  workdir = tmp_path / 'new'
+  workdir.mkdir()
+  init_from.settle(workdir, tmp_path / 'unfit', begun=False)
+  assert init_from.settle(workdir, source, begun=False) == str(source)
+  assert init_from.settle(workdir, None, begun=True) == str(source)
+  with pytest.raises(UserError, match='holds a run that began with those of'):
+    init_from.settle(workdir, tmp_path / 'unfit', begun=True)
+
+
 def test_a_run_that_began_afresh_is_not_overwritten(source):
   with pytest.raises(UserError, match='began with fresh weights; leave the flag out'):
     init_from.settle(source, source, begun=True)
