@@ -17,8 +17,8 @@ import traceback
 import mla.cli  # noqa: F401
 import mla.evaluate  # noqa: F401
 import mla.generate  # noqa: F401
-import mla.sweep  # noqa: F401
 import mla.sweep.report  # noqa: F401
+import mla.sweep.run  # noqa: F401
 import mla.train  # noqa: F401
 
 TIMEOUT = 60  # seconds

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mla.sweep import looks, report
+from mla.sweep import looks, report, sections
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / 'results' / 'frontier'
@@ -145,7 +145,7 @@ def test_what_a_notebook_shows_is_what_its_code_would_print_now(name):
   summary = json.loads((PUBLISHED / 'frontier.json').read_text())
   notebook = json.loads((ROOT / 'notebooks' / f'{name}.ipynb').read_text())
   told = {
-    'print(report.narrowest(summary))': report.narrowest(summary),
+    'print(sections.narrowest(summary))': sections.narrowest(summary),
     'print(report.verdict(summary))': report.verdict(summary),
     'print(report.frontier_table(summary))': report.frontier_table(summary),
     "print(*report.warnings(summary), sep='\\n')": '\n'.join(report.warnings(summary)),

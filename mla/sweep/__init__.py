@@ -4,11 +4,11 @@ Imports run downwards here as well:
 
   ray_engine.py     trials on a Ray cluster; restarts.py tells crashes from preemptions
   page/             report.html
-  report.py         report.md and frontier.png
+  report.py         report.md and frontier.png; sections.py its tables
   run.py            runs trials one after another, keeps their results, does nothing twice
-  frontier.py       from results to arms, frontier and sweet spot
+  frontier.py       from results to arms, frontier and sweet spot; recall.py: a probe's accuracy
   tuning.py, looks.py, statistics.py
-  results.py        a sweep's lines on disk, found by their config
+  results.py        a sweep's lines on disk, found by their config; widths.py: nested ones'
   watch.py          how far running trials are
   dry_sweep.py      what all trials need on a named machine
   trials.py         axes and named arms, checked

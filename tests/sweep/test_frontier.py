@@ -12,7 +12,7 @@ from scipy import stats as scipy_stats
 
 from mla import paths
 from mla.errors import UserError
-from mla.sweep import frontier, report, tuning
+from mla.sweep import frontier, report, sections, tuning
 
 PUBLISHED = Path(__file__).parent.parent.parent / 'results' / 'frontier'
 RATE = 0.003
@@ -316,12 +316,12 @@ def latents(bounds: dict[int, tuple[float, float] | None], steps: dict[int, tupl
 
 def test_the_narrowest_latent_is_told_by_bounds_and_steps():
   bounds = {4: (0.03, 0.05), 8: (0.01, 0.03), 16: (-0.01, 0.02), 32: None}
-  told = report.narrowest(latents(bounds, {8: (-0.03, -0.01), 16: (-0.02, 0.01)}))
+  told = sections.narrowest(latents(bounds, {8: (-0.03, -0.01), 16: (-0.02, 0.01)}))
   assert 'within 0.02 nats of mha: C = 16; shown not to be: C = 4; undecided: C = 8 (' in told
   assert 'a gain is shown from C = 4 to C = 8 (' in told and 'loss is shown' not in told
-  told = report.narrowest(latents({4: (0.0, 0.1), 8: (0.0, 0.1)}, {8: (0.01, 0.02)}))
+  told = sections.narrowest(latents({4: (0.0, 0.1), 8: (0.0, 0.1)}, {8: (0.01, 0.02)}))
   assert 'no latent; shown not to be: none; undecided: C = 4 and C = 8' in told
   assert 'a loss is shown from C = 4 to C = 8' in told
-  told = report.narrowest(latents({4: (0.0, 0.1), 8: (0.0, 0.1)}, {8: (-0.01, 0.02)}))
+  told = sections.narrowest(latents({4: (0.0, 0.1), 8: (0.0, 0.1)}, {8: (-0.01, 0.02)}))
   assert 'none is shown to matter' in told
-  assert 'cannot be told' in report.narrowest(latents({4: None}, {}))
+  assert 'cannot be told' in sections.narrowest(latents({4: None}, {}))

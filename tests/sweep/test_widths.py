@@ -7,7 +7,7 @@ import pytest
 import test_frontier
 
 from mla.errors import UserError
-from mla.sweep import frontier, report, widths
+from mla.sweep import frontier, sections, widths
 from mla.sweep import run as sweep
 
 PREFIX = dict.fromkeys((*widths.FIGURES, 'bits_per_byte'), 1.0)
@@ -47,7 +47,7 @@ def test_each_width_is_an_arm_of_its_own_bytes(tmp_path):
   assert arms['nested']['smaller_latent'] == 'nested@4'
   assert arms['nested@4']['smaller_latent'] == 'nested@2'
   assert arms['c4']['smaller_latent'] is None and summary['latent_steps'] == 2
-  compute = next(t for t in report.tables(summary) if t.title == 'Training compute')
+  compute = next(t for t in sections.tables(summary) if t.title == 'Training compute')
   assert [row[0] for row in compute.rows] == ['c4', 'nested']
 
 

@@ -15,7 +15,7 @@ from mla import metrics
 from mla.errors import UserError
 from mla.plots import panels
 from mla.plots.styles import BAND, GREY, PALE, Style, styles
-from mla.sweep import frontier, report
+from mla.sweep import frontier, report, sections
 from mla.tables import Table
 
 SYMBOLS = {
@@ -75,7 +75,7 @@ def contents(
       }
       for arm in summary['arms']
     ],
-    'tables': [_table(table, of_arm) for table in report.tables(summary)],
+    'tables': [_table(table, of_arm) for table in sections.tables(summary)],
   }
 
 
