@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 from ml_collections import ConfigDict
 
@@ -270,8 +269,9 @@ def make_sampler(
   """What makes text of a state of training; None for a probe, which has none."""
   if isinstance(tokenizer, probes.Symbols):
     return None
-  everywhere = NamedSharding(mesh, PartitionSpec())
-  sample_fn = jax.jit(functools.partial(sample_text, config, graphdef), out_shardings=everywhere)
+  sample_fn = jax.jit(
+    functools.partial(sample_text, config, graphdef), out_shardings=sharding.everywhere(mesh)
+  )
   prompt = np.array([[tokenizer.bos, *tokenizer.encode(SAMPLE_PROMPT)]], np.int32)
 
   def sample(state: TrainState) -> str:
