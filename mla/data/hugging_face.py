@@ -75,10 +75,14 @@ class HuggingFaceTokenizer:
     self._bytes[self.bos] = b''
     self.byte_lengths = np.array([len(part) for part in self._bytes], np.int32)
     # SentencePiece sets a space before a text. BOS, which stands there too, takes it back.
+    self._prefix, self._spares = b'', False
     self._prefix = self._check_lossless(path)
     self.byte_lengths[self.bos] = -len(self._prefix)
     self._within = self._without_prefix(library, found, path) if self._prefix else self._tokenizer
-    self.digest = hashlib.sha256(raw + str(self.bos).encode()).hexdigest()
+    # Before a text that begins with a space some set none, and that space would pass for theirs.
+    self._spares = bool(self._prefix) and self.raw(self._ids(' a')) == b' a'
+    marks = str(self.bos) + (' spares' if self._spares else '')
+    self.digest = hashlib.sha256(raw + marks.encode()).hexdigest()
 
   def _boundary(self, path: Path, vocab: dict[str, int]) -> int:
     beside = path.with_name('tokenizer_config.json')
@@ -126,11 +130,21 @@ class HuggingFaceTokenizer:
     return b''.join(self._bytes[int(i)] for i in ids)
 
   def encode(self, text: str) -> Int[np.ndarray, ' n']:
+    return self._ids(self._begun(text))
+
+  def _ids(self, text: str) -> Int[np.ndarray, ' n']:
     return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+  def _begun(self, text: str) -> str:
+    """A document's beginning, with the space before it that the tokenizer would spare."""
+    return f' {text}' if self._spares and text.startswith(' ') else text
 
   def encode_batch(self, parts: list[Raw], begins: list[bool]) -> Iterator[Int[np.ndarray, ' n']]:
     """Each part's tokens, on all cores; a part that begins no document has no space before it."""
     texts = [str(part, 'utf-8') for part in parts]
+    texts = [
+      self._begun(text) if first else text for text, first in zip(texts, begins, strict=True)
+    ]
     found: dict[int, Any] = {}
     for tokenizer, wanted in ((self._tokenizer, True), (self._within, False)):
       places = [place for place, first in enumerate(begins) if first == wanted]

@@ -93,6 +93,22 @@ def test_what_is_set_before_a_text_is_set_once_a_document(made, monkeypatch):
     assert ours.decode(first.astype(np.int32)) == text.decode()
 
 
+@pytest.mark.parametrize('text', ['  abe', ' abe', 'abe', ' '])
+@pytest.mark.parametrize('kind', ['metaspace', 'prepend', 'byte_level'])
+def test_a_space_that_a_document_begins_with_is_its_own(tmp_path, kind, text):
+  made = byte_level() if kind == 'byte_level' else sentence_piece()
+  if kind == 'metaspace':
+    made.normalizer = normalizers.Sequence([])
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='always')
+  if kind == 'byte_level':
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+  made.save(str(tmp_path / 'tokenizer.json'))
+  ours = HuggingFaceTokenizer(tmp_path)
+  stream = make_stream([text.encode()], ours).tokens
+  assert ours.byte_lengths[stream].sum() == len(text)
+  assert ours.decode(stream[1:].astype(np.int32)) == ours.decode(ours.encode(text)) == text
+
+
 @pytest.mark.parametrize('scheme', ['always', 'first'])
 def test_metaspace_is_left_out_in_the_midst_too(tmp_path, monkeypatch, scheme):
   made = sentence_piece()
