@@ -15,7 +15,6 @@ a bfloat16 cache on the frontier's text.
 
 import argparse
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -253,14 +252,14 @@ def point(losses: dict[int, float], size: float, **more) -> dict[str, Any]:
     **more,
     'bytes_per_token': size,
     'loss': found.mean,
-    'half_width': half if math.isfinite(half) else None,
+    'half_width': stats.finite(half),
     'losses': {str(seed): loss for seed, loss in sorted(losses.items())},
   }
 
 
 def interval(found: stats.Estimate) -> dict[str, Any]:
   half = found.half_width()
-  return {'mean': found.mean, 'half_width': half if math.isfinite(half) else None}
+  return {'mean': found.mean, 'half_width': stats.finite(half)}
 
 
 def paired(of_way: dict[str, list], one: str, other: str) -> dict[str, Any]:

@@ -406,6 +406,7 @@ def what_was_asked(
     'attributes': probe.attributes,
     'alphabet': probe.alphabet,
     'bits_held': probe.bits_held(),
+    'guessing': 1 / probe.answers,
     'accuracy': accuracy,
     'accuracy_ci95': bootstrap_mean(read.right, targets),
     'bits_recalled': probe.bits_recalled(accuracy),

@@ -17,6 +17,7 @@ a channel of A symbols with symmetric errors carries, log2 A - h(p) - (1 - p) lo
 (Cover and Thomas, Elements of Information Theory, 7.2), times the values of a window.
 """
 
+import abc
 import dataclasses
 import hashlib
 import math
@@ -41,7 +42,7 @@ Rule = tuple[bool, str, str]  # whether it holds, the field, the cure
 
 
 @dataclasses.dataclass(frozen=True)
-class Probe:
+class Probe(abc.ABC):
   """A task of a size; its kinds say what their windows hold."""
 
   records: int
@@ -52,9 +53,9 @@ class Probe:
   name: ClassVar[str]
 
   @property
+  @abc.abstractmethod
   def vocab(self) -> int:
     """Tokens there are."""
-    raise NotImplementedError
 
   @property
   def parts(self) -> int:
@@ -70,21 +71,29 @@ class Probe:
     """What its sizes must keep, each with the field that breaks it and the cure."""
     yield self.attributes == 1, 'data.attributes', f'{self.name} has one value a record: set 1'
 
+  @abc.abstractmethod
   def draw(self, rng: np.random.Generator) -> Int[np.ndarray, 'T row']:
     """One window."""
-    raise NotImplementedError
+
+  @property
+  def answers(self) -> int:
+    """Those among which a query is guessed: right with 1 / answers."""
+    return self.alphabet
 
   def bits_held(self) -> float:
     """Bits of all values of a window."""
     return self.records * self.attributes * math.log2(self.alphabet)
 
   def bits_recalled(self, accuracy: float) -> float:
-    """Bits of a window's values that come back where this share of the answers is right."""
-    A, p = self.alphabet, accuracy
-    if p <= 1 / A:
+    """Bits of a window's values that come back where this share of the answers is right.
+
+    The share that a symmetric channel of as many answers lets through.
+    """
+    n, p = self.answers, accuracy
+    if p <= 1 / n:
       return 0.0
-    wrong = 0.0 if p >= 1 else -p * math.log2(p) - (1 - p) * math.log2((1 - p) / (A - 1))
-    return self.records * self.attributes * (math.log2(A) - wrong)
+    wrong = 0.0 if p >= 1 else -p * math.log2(p) - (1 - p) * math.log2((1 - p) / (n - 1))
+    return self.bits_held() * (1 - wrong / math.log2(n))
 
   def _empty(self) -> Int[np.ndarray, 'T row']:
     return np.full((self.length, self.parts + 1), NONE, np.int32)
@@ -170,6 +179,17 @@ class MultiKey(Payload):
     yield self.attributes > 1, 'data.attributes', cure
     cure = f'no two of data.records={self.records} may share a value: set as many or more'
     yield self.alphabet >= self.records, 'data.alphabet', cure
+    yield self.records > 1, 'data.records', 'of one record there is nothing to find: set 2 or more'
+
+  @property
+  def answers(self) -> int:
+    """The values that stand in the window: no two records have the same."""
+    return self.records
+
+  def bits_held(self) -> float:
+    """Fewer than Payload's, for a value that was drawn is not drawn again."""
+    left = range(self.alphabet - self.records + 1, self.alphabet + 1)
+    return self.attributes * sum(map(math.log2, left))
 
   def asking(self, attribute: np.ndarray) -> np.ndarray:
     return attribute

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import test_sweep
+from conftest import tiny_config
 
 from mla.sweep import results as results_lib
 from mla.sweep import run as sweep
@@ -19,6 +19,30 @@ ARMS = {
 LATENTS = {'c8': 8, 'c4': 4}
 
 
+def fake_line(trial, best: dict[str, float]) -> dict:
+  """A result whose loss is lowest at the arm's best rate."""
+  loss = 1 + abs(trial.learning_rate - best[trial.arm]) + 0.001 * trial.seed
+  return {
+    **sweep.failed_line(trial, ''),
+    'status': 'done',
+    'loss': loss,
+    'attention': 'mla',
+    'latent_dim': trial.config.latent_dim,
+    'kv_cache_bytes_per_token': float(trial.config.latent_dim),
+    'params_total': 1,
+    'params_non_embedding': 1,
+    'bits_per_byte': loss,
+    'tokens_per_second': 1.0,
+    'tokens_evaluated': 4,
+    'cache_dtype': 'bfloat16',
+    'flops_per_token': 1.0,
+    'training_memory': {
+      remat: {'peak_bytes': 1, 'activation_bytes': 1} for remat in ('none', 'latents')
+    },
+    'window_nll': [loss, loss + 1],
+  }
+
+
 def made_up_sweep(folder: Path, more: Mapping[str, tuple[str, float, float]] | None = None) -> Path:
   """Arms of known losses, three seeds each; of the smallest it is not known what training costs."""
   results = sweep.Results(folder)
@@ -27,10 +51,10 @@ def made_up_sweep(folder: Path, more: Mapping[str, tuple[str, float, float]] | N
     fields |= {'num_kv_heads': 2} if attention == 'gqa' else {}
     for seed in (0, 1, 2):
       (trial,) = trials.expand(
-        test_sweep.tiny_config('mla'), {arm: fields}, [trials.parse_axis(f'seed={seed}')]
+        tiny_config('mla'), {arm: fields}, [trials.parse_axis(f'seed={seed}')]
       )
       line = {
-        **test_sweep.fake_line(trial, {arm: trial.learning_rate}),
+        **fake_line(trial, {arm: trial.learning_rate}),
         'attention': attention,
         'latent_dim': LATENTS.get(arm),
         'loss': loss + 0.001 * seed,

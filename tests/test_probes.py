@@ -135,6 +135,14 @@ def test_bits_recalled():
   assert probe.bits_recalled(0.6) == pytest.approx(30 * information)
 
 
+def test_values_that_are_not_drawn_twice_hold_fewer_bits():
+  """All windows of two records of two values in four, counted; and guessing is between two."""
+  probe = probes.MultiKey(2, 2, 4, 8)
+  drawn = {tuple(probe.draw(np.random.default_rng(n))[:2, :2].ravel()) for n in range(2000)}
+  assert probe.bits_held() == pytest.approx(math.log2(len(drawn)))
+  assert probe.bits_recalled(1.0) == probe.bits_held() and probe.bits_recalled(0.5) == 0
+
+
 def batch_of(config, rows: int = 8) -> np.ndarray:
   return next(train_batches(load_data(config).train, seq_len=0, batch_size=rows, seed=0)).tokens
 

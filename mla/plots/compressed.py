@@ -1,5 +1,6 @@
 """Models compressed after the fact, against learned ones: loss by cache bytes, a line a way."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def compressed(
       [point.get('half_width') or 0 for point in points],
       color=look[0], marker=look[1], linewidth=1.2, capsize=3, label=way,
     )  # fmt: skip
-  for (name, height), style in zip(flat.items(), ('--', ':', '-.'), strict=False):
+  for (name, height), style in zip(flat.items(), itertools.cycle(('--', ':', '-.')), strict=False):
     axes.axhline(height, color=GREY, linestyle=style, linewidth=1, label=name)
   labels.headline(figure, title, remark)
   panels.log_axis(axes, panels.log_limits(sizes))

@@ -1,5 +1,6 @@
 """What a probe says of caches (mla/probes.py): accuracy against the bytes they keep."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def recall(figure: Figure, summaries: Sequence[Mapping[str, Any]], title: str) -
         latents.append((x, found['mean_accuracy']))
     if latents:
       axes.plot(*zip(*sorted(latents), strict=True), color=PALE, linewidth=1.2, zorder=1)
-    axes.axhline(1 / probe['alphabet'], color=PALE, linestyle=':')
+    axes.axhline(probe['guessing'], color=PALE, linestyle=':')
     axes.set_ylim(-0.03, 1.06)
     panels.log_axis(axes, limits)
     axes.set_xlabel('KV cache, bytes per token')
@@ -59,7 +60,7 @@ def knees(figure: Figure, summaries: Sequence[Mapping[str, Any]], title: str) ->
   labels.headline(figure, title)
   keys: list[Artist] = []
   sizes = []
-  for summary, line in zip(summaries, ('-', '--', ':', '-.'), strict=False):
+  for summary, line in zip(summaries, itertools.cycle(('-', '--', ':', '-.')), strict=False):
     probe = summary['probe']
     bits = probe['bits_held'] / probe['records']
     points = sorted(

@@ -89,13 +89,14 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
   equals, pairs = _at_equal_bytes(arms, level)
   steps = _latent_steps(arms, level)
   windows = _window_means(folder, arms)
-  recalled = recall.by_arm({arm.name: arm.lines for arm in arms}, level)
+  probe = recall.probe_of([line for arm in arms for line in arm.lines])
+  recalled = _recalled(arms, level) if probe else {}
   return {
     'reference': base.name,
     'margin': margin,
     'cache_dtype': arms[0].lines[0]['cache_dtype'],
     'tokens_evaluated': arms[0].lines[0]['tokens_evaluated'],
-    **recall.sizes(arms[0].lines),
+    **({'probe': probe} if probe else {}),
     'unlike_settings': _unlike_settings([line for arm in arms for line in arm.lines]),
     'look': look,
     'look_level': level,
@@ -116,7 +117,7 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
         'on_frontier': verdicts[arm.name],
         **equals[arm.name],
         **steps.get(arm.name, {'smaller_latent': None, 'difference_to_smaller_latent': None}),
-        **recalled.get(arm.name, {}),
+        **({'recall': recalled[arm.name]} if probe else {}),
       }
       for arm in arms
     ],
@@ -173,7 +174,7 @@ def _figures(arm: Arm, folder: Path) -> dict[str, Any]:
     'tuned_on_itself': judged.tuned_on_itself,
     'losses': {str(seed): loss for seed, loss in judged.losses.items()},  # JSON's keys are strings
     'mean_loss': arm.mean.mean,
-    'half_width': _finite(arm.mean.half_width()),
+    'half_width': stats.finite(arm.mean.half_width()),
     'ci95': _bounds(arm.mean, stats.LEVEL),
     'seeds_for_width': stats.seeds_for_width(arm.mean, WIDTH),
     'mean_bits_per_byte': _mean('bits_per_byte', arm.lines),
@@ -246,6 +247,11 @@ def _at_equal_bytes(arms: Sequence[Arm], level: float) -> tuple[dict[str, dict[s
   return found, pairs
 
 
+def _recalled(arms: Sequence[Arm], level: float) -> dict[str, Any]:
+  fair = {arm.name for arm in arms if arm.whole and not arm.judged.tuned_on_itself}
+  return recall.by_arm({arm.name: arm.lines for arm in arms}, fair, level)
+
+
 def _latent_steps(arms: Sequence[Arm], level: float) -> dict[str, dict[str, Any]]:
   """{arm with a latent: the one with the next smaller, and the difference to it}.
 
@@ -286,8 +292,8 @@ def _against(arm: Arm, base: Arm, level: float) -> dict[str, Any] | None:
     'mean': d.mean,
     'degrees_of_freedom': d.freedom,
     'ci95': _bounds(d, stats.LEVEL),
-    'one_sided_lower_95_simultaneous': _finite(d.lower(level)) if smaller else None,
-    'one_sided_upper_95_simultaneous': _finite(d.upper(level)) if smaller else None,
+    'one_sided_lower_95_simultaneous': stats.finite(d.lower(level)) if smaller else None,
+    'one_sided_upper_95_simultaneous': stats.finite(d.upper(level)) if smaller else None,
   }
 
 
@@ -306,10 +312,6 @@ def _bounds(e: stats.Estimate, level: float) -> list[float] | None:
   """The two-sided interval that misses the truth with chance `level`."""
   half_width = e.half_width(level)
   return [e.mean - half_width, e.mean + half_width] if math.isfinite(half_width) else None
-
-
-def _finite(value: float) -> float | None:
-  return value if math.isfinite(value) else None
 
 
 def _unlike_settings(lines: Sequence[Mapping[str, Any]]) -> dict[str, list]:

@@ -7,74 +7,77 @@ report may err: a family by itself, beside those of mla/sweep/frontier.py.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from mla.sweep import statistics as stats
 
-SIZES = ('probe', 'records', 'attributes', 'alphabet', 'bits_held')
+SIZES = ('records', 'attributes', 'alphabet', 'bits_held')
 
 Lines = Sequence[Mapping[str, Any]]
 
 
-def sizes(lines: Lines) -> dict[str, Any]:
-  """What the probe of some lines is: one key of a summary, or none for text."""
-  if 'probe' not in lines[0]:
-    return {}
-  return {'probe': {'task' if name == 'probe' else name: lines[0][name] for name in SIZES}}
+def probe_of(lines: Lines) -> dict[str, Any] | None:
+  """The probe that all lines are of; None where some are of text, or of a probe of another size."""
+  probes = [
+    {
+      'task': line['probe'],
+      **{name: line[name] for name in SIZES},
+      'guessing': line.get('guessing', 1 / line['alphabet']),  # older lines, of Payload, have none
+    }
+    for line in lines
+    if 'accuracy' in line
+  ]
+  alike = len(probes) == len(lines) and all(probe == probes[0] for probe in probes)
+  return probes[0] if alike else None
 
 
-def by_arm(arms: Mapping[str, Lines], level: float) -> dict[str, dict[str, Any]]:
-  """{arm: {'recall': its accuracies}}, of each arm's lines that judge it; {} for text.
+def by_arm(arms: Mapping[str, Lines], fair: Set[str], level: float) -> dict[str, Any]:
+  """{arm: its accuracies}, of each arm's lines that judge it.
 
-  `level` is what the differences at equal bytes may err, all at once.
+  At equal bytes `fair` arms are compared: seeds of others failed, or chose their rate themselves.
+  `level` is what these differences may err, all at once.
   """
-  if any('accuracy' not in line for lines in arms.values() for line in lines):
-    return {}
   means = {arm: stats.estimate([line['accuracy'] for line in lines]) for arm, lines in arms.items()}
 
   def size(arm: str) -> float:
     return arms[arm][0]['kv_cache_bytes_per_token']
 
   groups = [list(g) for _, g in itertools.groupby(sorted(arms, key=size), key=size)]
-  pairs = max(1, sum(math.comb(len(group), 2) for group in groups))
+  pairs = sum(math.comb(len(fair & set(group)), 2) for group in groups)
   found = {}
   for group in groups:
-    best = max(group, key=lambda arm: means[arm].mean)
+    best = max(fair & set(group), key=lambda arm: means[arm].mean, default=None)
     for arm in group:
       lines, mean = arms[arm], means[arm]
-      difference = stats.difference(mean, means[best])
+      difference = None
+      if best is not None and arm in fair and arm != best:
+        difference = stats.difference(mean, means[best])
       found[arm] = {
-        'recall': {
-          'accuracies': {str(line['seed']): line['accuracy'] for line in lines},
-          'mean_accuracy': mean.mean,
-          'half_width': _finite(mean.half_width()),
-          'bits_recalled': sum(line['bits_recalled'] for line in lines) / len(lines),
-          'pairs_at_equal_bytes': pairs,
-          'best_of_equal_bytes': best,
-          'difference_at_equal_bytes': None if arm == best else difference.mean,
-          'half_width_at_equal_bytes': (
-            None if arm == best else _finite(difference.half_width(level / pairs))
-          ),
-        }
+        'accuracies': {str(line['seed']): line['accuracy'] for line in lines},
+        'mean_accuracy': mean.mean,
+        'half_width': stats.finite(mean.half_width()),
+        'bits_recalled': sum(line['bits_recalled'] for line in lines) / len(lines),
+        'pairs_at_equal_bytes': pairs,
+        'best_of_equal_bytes': best,
+        'difference_at_equal_bytes': difference and difference.mean,
+        'half_width_at_equal_bytes': (
+          difference and stats.finite(difference.half_width(level / max(1, pairs)))
+        ),
       }
   return found
 
 
-def _finite(value: float) -> float | None:
-  return value if math.isfinite(value) else None
-
-
-def knee(summary: Mapping[str, Any], attention: str = 'mla') -> float | None:
-  """Bytes a token at which a variant's arms are half-way from guessing to all right.
+def knee(summary: Mapping[str, Any]) -> float | None:
+  """Bytes a token at which the latents are half-way from guessing to all right.
 
   By straight lines between means over the logarithm of the bytes; None where they do not cross it.
   """
-  half = (1 + 1 / summary['probe']['alphabet']) / 2
+  half = (1 + summary['probe']['guessing']) / 2
   points = sorted(
     (math.log(arm['kv_cache_bytes_per_token']), arm['recall']['mean_accuracy'])
     for arm in summary['arms']
-    if arm['attention'] == attention
+    if arm['latent_dim']
   )
   for (x, low), (other, high) in itertools.pairwise(points):
     if low < half <= high:
@@ -87,6 +90,6 @@ def claim(summaries: Sequence[Mapping[str, Any]]) -> str:
   told = []
   for summary in summaries:
     probe, size = summary['probe'], knee(summary)
-    where = 'at none of these sizes' if size is None else f'at {size:.0f} bytes'
+    where = 'at none of these sizes' if size is None else f'at about {size:.0f} bytes'
     told.append(f'with {probe["bits_held"] / probe["records"]:g} bits a record {where}')
   return f'{summaries[0]["probe"]["task"]}: MLA is half-way from guessing {", ".join(told)}'

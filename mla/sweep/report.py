@@ -195,9 +195,9 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
   swept = {name for arm in summary['arms'] for name in arm['fields'] if _moves_targets(name)}
   for name in sorted(swept):
     if len({str(arm['fields'].get(name)) for arm in summary['arms']}) > 1:
-      found.append(
-        f'{name} differs between arms, and with it what is scored: compare bits per byte'
-      )
+      of_text = any(arm['mean_bits_per_byte'] is not None for arm in summary['arms'])
+      cure = 'compare bits per byte' if of_text else 'their losses cannot be compared'
+      found.append(f'{name} differs between arms, and with it what is scored: {cure}')
   wide = [
     f'{arm["arm"]} ({arm["half_width"]:.3f}; {arm["seeds_for_width"] or "very many"} seeds)'
     for arm in summary['arms']

@@ -106,7 +106,7 @@ def recall_table(summary: Mapping[str, Any]) -> Table:
   note = (
     f'{probe["task"]}: {probe["records"]} records of {probe["attributes"]} values of '
     f'{probe["alphabet"]}, {probe["bits_held"]:,.0f} bits a window; guessing is right with '
-    f'{1 / probe["alphabet"]:.4f}. *bits* are those of a window that come back (mla/probes.py).'
+    f'{probe["guessing"]:.4f}. *bits* are those of a window that come back (mla/probes.py).'
   )
   rows = []
   for arm in summary['arms']:

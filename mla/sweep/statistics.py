@@ -118,6 +118,11 @@ def seeds_needed(a: Estimate, b: Estimate, margin: float, level: float) -> int |
   return _first(tells)
 
 
+def finite(value: float) -> float | None:
+  """The value, None if it is not finite, as JSON has it."""
+  return value if math.isfinite(value) else None
+
+
 def seeds_for_width(e: Estimate, half_width: float) -> int | None:
   """Seeds at which an arm's two-sided 95 % half-width would be this, if sd stayed, or None."""
   if not math.isfinite(e.error):

@@ -195,7 +195,7 @@ def test_differences_are_welchs_over_the_judged_seeds(tmp_path):
 def test_one_sided_and_two_sided_say_so(tmp_path):
   """Every head and every sentence with 95 % in it names its kind."""
   summary = frontier.summarise(PUBLISHED)
-  heads, _ = report._frontier_rows(summary)
+  heads, _ = sections.frontier_rows(summary)
   tables = [text for text in report.written(summary).splitlines() if text.startswith('| ')]
   cells = [cell for table in tables for cell in table.split('|') if '95 %' in cell]
   assert len(cells) >= 6

@@ -8,7 +8,7 @@ from scipy import stats
 from sweeps import made_up_probe, made_up_sweep
 
 from mla import plots
-from mla.sweep import frontier, page, recall, report
+from mla.sweep import frontier, page, recall, report, results
 
 
 def lines(arm: str, size: float, accuracies) -> list[dict]:
@@ -30,7 +30,7 @@ ARMS = {
 
 
 def test_means_and_the_best_of_as_many_bytes():
-  found = {arm: told['recall'] for arm, told in recall.by_arm(ARMS, 0.05).items()}
+  found = recall.by_arm(ARMS, ARMS.keys(), 0.05)
   assert found['mqa']['mean_accuracy'] == pytest.approx(0.45)
   assert found['c4']['bits_recalled'] == pytest.approx(25)
   assert found['c4']['best_of_equal_bytes'] == 'mqa'
@@ -39,22 +39,38 @@ def test_means_and_the_best_of_as_many_bytes():
   interval = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
   d, half = (found['c4'][f'{what}_at_equal_bytes'] for what in ('difference', 'half_width'))
   np.testing.assert_allclose([d - half, d + half], interval, rtol=1e-6)
-  assert recall.by_arm({'mha': [{'loss': 1.0}]}, 0.05) == {}
+
+
+def test_an_arm_that_is_not_fair_is_compared_with_nobody():
+  found = recall.by_arm(ARMS, {'c4', 'c28'}, 0.05)  # some seed of mqa failed
+  assert found['c4']['best_of_equal_bytes'] == 'c4' and found['c4']['pairs_at_equal_bytes'] == 0
+  assert all(arm['difference_at_equal_bytes'] is None for arm in found.values())
+  assert recall.by_arm(ARMS, set(), 0.05)['mqa']['best_of_equal_bytes'] is None
+
+
+def test_lines_of_unlike_probes_or_of_text_are_of_none():
+  every = [line for lines in ARMS.values() for line in lines]
+  assert recall.probe_of(every) == {
+    'task': 'payload', 'records': 16, 'attributes': 4, 'alphabet': 16, 'bits_held': 256.0,
+    'guessing': 1 / 16,
+  }  # fmt: skip
+  assert recall.probe_of([*every, {**every[0], 'attributes': 8}]) is None
+  assert recall.probe_of([*every, {'loss': 1.0}]) is None
 
 
 def summary(bits_factor: int = 1) -> dict:
-  found = recall.by_arm(ARMS, 0.05)
-  sizes = recall.sizes(ARMS['mqa'])
-  sizes['probe']['bits_held'] *= bits_factor
+  found = recall.by_arm(ARMS, ARMS.keys(), 0.05)
+  probe = recall.probe_of(ARMS['mqa'])
+  assert probe is not None
   return {
-    **sizes,
+    'probe': {**probe, 'bits_held': probe['bits_held'] * bits_factor},
     'arms': [
       {
         'arm': arm,
         'attention': 'mqa' if arm == 'mqa' else 'mla',
         'latent_dim': None if arm == 'mqa' else int(arm[1:]),
         'kv_cache_bytes_per_token': of[0]['kv_cache_bytes_per_token'],
-        **found[arm],
+        'recall': found[arm],
       }
       for arm, of in ARMS.items()
     ],
@@ -65,7 +81,7 @@ def test_the_knee_is_half_way_from_guessing():
   size = recall.knee(summary())
   share = (0.5 + 0.5 / 16 - 0.25) / (299 / 300 - 0.25)
   assert size == pytest.approx(32 * 4**share, rel=0.01)
-  assert recall.knee(summary(), 'mqa') is None
+  assert recall.knee({**summary(), 'arms': summary()['arms'][:2]}) is None
 
 
 @pytest.mark.parametrize('draw', [plots.recall, plots.knees])
@@ -82,7 +98,13 @@ def test_a_report_tells_accuracy_beside_loss(tmp_path):
   (row,) = (row for row in told.split('accuracy')[1].splitlines() if row.startswith('c4 '))
   assert row.split()[1:3] == ['8', '0.8990']
   page.write(folder, {})
+  assert 'accuracy' in (folder / page.NAME).read_text()
   summary = frontier.summarise(folder)
   assert summary['arms'][0]['mean_bits_per_byte'] is None
+  mixed = tmp_path / 'mixed'
+  mixed.mkdir()
+  made_up_probe(mixed)
+  results.Results(mixed).add({**results.read_lines(mixed / 'results.jsonl')[0], 'attributes': 8})
+  assert 'probe' not in frontier.summarise(mixed) and report.write(mixed)
   (tmp_path / 'text').mkdir()
   assert 'probe' not in frontier.summarise(made_up_sweep(tmp_path / 'text'))

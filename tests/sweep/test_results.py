@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import tiny_config
-from test_sweep import fake_line
+from sweeps import fake_line
 
 from configs import mha_small
 from configs.sweeps.frontier import get_arms

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SHORT_RUN, tiny_config
+from sweeps import fake_line
 
 from mla.errors import UserError
 from mla.signals import CAUGHT, StopSignal
@@ -206,30 +207,6 @@ def some_trials(**changes):
   config = tiny_config('mla', **changes)
   arms = {'a': {'latent_dim': 4}, 'b': {'latent_dim': 8}}
   return trials.expand(config, arms, [trials.parse_axis(axis) for axis in axes])
-
-
-def fake_line(trial, best: dict[str, float]) -> dict:
-  """A result whose loss is lowest at the arm's best rate."""
-  loss = 1 + abs(trial.learning_rate - best[trial.arm]) + 0.001 * trial.seed
-  return {
-    **sweep.failed_line(trial, ''),
-    'status': 'done',
-    'loss': loss,
-    'attention': 'mla',
-    'latent_dim': trial.config.latent_dim,
-    'kv_cache_bytes_per_token': float(trial.config.latent_dim),
-    'params_total': 1,
-    'params_non_embedding': 1,
-    'bits_per_byte': loss,
-    'tokens_per_second': 1.0,
-    'tokens_evaluated': 4,
-    'cache_dtype': 'bfloat16',
-    'flops_per_token': 1.0,
-    'training_memory': {
-      remat: {'peak_bytes': 1, 'activation_bytes': 1} for remat in ('none', 'latents')
-    },
-    'window_nll': [loss, loss + 1],
-  }
 
 
 def test_tuning_takes_the_best_rate_to_the_other_seeds(tmp_path):

@@ -9,6 +9,7 @@ import test_frontier
 from mla.errors import UserError
 from mla.sweep import frontier, sections, widths
 from mla.sweep import run as sweep
+from mla.sweep.page.contents import contents
 
 PREFIX = dict.fromkeys((*widths.FIGURES, 'bits_per_byte'), 1.0)
 
@@ -49,6 +50,14 @@ def test_each_width_is_an_arm_of_its_own_bytes(tmp_path):
   assert arms['c4']['smaller_latent'] is None and summary['latent_steps'] == 2
   compute = next(t for t in sections.tables(summary) if t.title == 'Training compute')
   assert [row[0] for row in compute.rows] == ['c4', 'nested']
+
+
+def test_a_prefix_is_shown_with_its_runs(tmp_path):
+  lines = [nested(0, 1.0), nested(1, 1.02)]
+  shown = contents(tmp_path, summarise(tmp_path, lines), lines, {})
+  told = {arm['arm']: arm for arm in shown['arms']}
+  assert told['nested@2']['curves'] == told['nested']['curves']
+  assert all('no line is here' not in str(arm) for arm in told.values())
 
 
 def test_one_run_has_one_learning_rate(tmp_path):

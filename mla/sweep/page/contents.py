@@ -45,10 +45,11 @@ def contents(
 
   `defaults` are configs/base.py's fields, flat, on which commands build.
   """
-  of_arm: dict[str, list[Mapping[str, Any]]] = {arm['arm']: [] for arm in summary['arms']}
+  of_run: dict[str, list[Mapping[str, Any]]] = {}
   for line in lines:
-    if line['arm'] in of_arm:
-      of_arm[line['arm']].append(line)
+    of_run.setdefault(line['arm'], []).append(line)
+  # A prefix of a nested latent is read from the whole one's runs.
+  of_arm = {arm['arm']: of_run.get(arm.get('prefix_of', arm['arm']), []) for arm in summary['arms']}
   training = {arm['arm']: _training(arm, of_arm[arm['arm']], defaults) for arm in summary['arms']}
   hovers = {arm['arm']: _hover(arm, summary, training[arm['arm']]) for arm in summary['arms']}
   traces, places = _traces(summary, hovers)
