@@ -230,7 +230,13 @@ def _unknown_flag(name: str) -> UserError:
 def _reason(error: Exception) -> str:
   """A library's message, which opens with a sentence of its own and ends with the reason."""
   lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ['no reason given']
-  return f'{lines[0]} {lines[-1]}' if len(lines) > 1 else lines[0]
+  told = f'{lines[0]} {lines[-1]}' if len(lines) > 1 else lines[0]
+  for kind, wanted in (
+    ('invalid literal for int', 'a whole number'),
+    ('could not convert', 'a number'),
+  ):
+    told = re.sub(f': {kind}.*', f': must be {wanted}', told)
+  return told
 
 
 def _check_config_flags(argv: list[str]) -> list[str]:
