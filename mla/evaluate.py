@@ -15,9 +15,9 @@ The protocol, so that anybody can repeat it:
   run's dtype, softmax and log-likelihoods in float32.
 - perplexity = exp(total NLL / targets). bits_per_byte = total NLL in nats / (ln 2 * UTF-8 bytes of
   the targets' text; BOS has none).
-- perplexity_ci95: percentile bootstrap, BOOTSTRAPS resamples of whole windows (tokens of a window
-  are not independent), seed 0. It says how far another text of this kind would move the figure, not
-  another training seed. None (null) below LEAST_WINDOWS windows, of which it would say too little.
+- perplexity_ci95: percentile bootstrap, 2,000 resamples of whole windows (tokens of a window are
+  not independent), seed 0. It says how far another text of this kind would move the figure, not another
+  training seed. None (null) of fewer than 20 windows, of which it would say too little.
 - kv_cache_bytes_per_token: nbytes of the arrays allocated for the windows over their token slots;
   kv_cache_bytes_per_token_per_device: of the part of them that one device holds.
 - A probe (mla/probes.py) has no text: its windows are those that are held out, its targets those
@@ -42,10 +42,10 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from mla import backends, hosts, memory, probes, sharding, terminal
+from mla import backends, breakdown, hosts, memory, probes, sharding, terminal
 from mla import cache as cache_lib
 from mla import config as config_lib
 from mla import model as model_lib
@@ -59,9 +59,6 @@ from mla.workdir import read_config
 
 CHUNK = 64
 BATCH = 32
-BOOTSTRAPS = 2000
-# Of normal windows what is called 95 % covers 50 % with 2, 84 % with 5, 90 % with 10, 94 % with 20.
-LEAST_WINDOWS = 20
 
 
 class Reading(NamedTuple):
@@ -184,12 +181,12 @@ def _scores(
         'kv_cache_bytes_per_token': read.bytes_per_token,
         'kv_cache_bytes_per_token_per_device': read.bytes_per_token_per_device,
         'perplexity': float(np.exp(nll.sum() / targets.sum())),
-        'perplexity_ci95': bootstrap_perplexity(nll, targets),
+        'perplexity_ci95': breakdown.bootstrap_perplexity(nll, targets),
         'bits_per_byte': float(nll.sum() / (math.log(2) * text_bytes)) if text_bytes else None,
         'tokens_evaluated': int(targets.sum()),
         'data_digest': data.digest[:16],
-        'loss_by_position': loss_by_position(
-          read.by_position, by_tokens_seen(windows.mask, windows.starts)
+        'loss_by_position': breakdown.loss_by_position(
+          read.by_position, breakdown.by_tokens_seen(windows.mask, windows.starts)
         ),
         **what_was_asked(data.validation, read, windows),
       },
@@ -307,9 +304,9 @@ def read_through_cache(
     by_window.append(real.sum(axis=1)[: count - start])
     hits = np.zeros_like(part.mask) if hits is None else hosts.whole(hits)
     right.append((hits & part.mask).sum(axis=1)[: count - start])
-    by_position += by_tokens_seen(real, part.starts)
+    by_position += breakdown.by_tokens_seen(real, part.starts)
     if are_text(part.tokens):
-      seen += float(real[bigrams_seen(part.tokens, part.starts)].sum())
+      seen += float(real[breakdown.bigrams_seen(part.tokens, part.starts)].sum())
     if progress is not None:
       progress.move()
   if progress is not None:
@@ -328,7 +325,6 @@ def read_through_cache(
 def make_score(graphdef, mesh: Mesh, place, chunk: int):
   """The compiled function (params, a cache's layers, windows, their starts [B,T] or None) ->
   ((NLL, hits) [B,T], the layers).
-
 
   hits, of a probe's windows, tells where a target got the largest logit; it is None of text's, and
   where a window has no target both say nothing. The cache is read and written in one loop over
@@ -365,39 +361,14 @@ def make_score(graphdef, mesh: Mesh, place, chunk: int):
   return jax.jit(score, donate_argnums=1, out_shardings=(None, place))
 
 
-def by_tokens_seen(
-  values: Shaped[np.ndarray, 'W T'], starts: Int[np.ndarray, 'W T'] | None
-) -> Shaped[np.ndarray, ' T']:
-  """The values' sums over predictions that see 1, 2, ... T tokens."""
-  if starts is None:
-    return values.sum(axis=0)
-  total = np.zeros(values.shape[1], np.result_type(values.dtype, int))
-  np.add.at(total, np.arange(values.shape[1]) - starts, values)
-  return total
-
-
-def loss_by_position(
-  nll: Float[np.ndarray, ' T'], targets: Int[np.ndarray, ' T']
-) -> list[dict[str, Any]]:
-  """The mean of targets that see 1, 2 to 3, 4 to 7, ... tokens, of by_tokens_seen of both."""
-  found = []
-  for power in range(len(nll).bit_length()):
-    seen = slice(2**power - 1, 2 ** (power + 1) - 1)  # a window's first target sees one token
-    count = int(targets[seen].sum())
-    if count:
-      last = min(2 ** (power + 1) - 1, len(nll))
-      loss = float(nll[seen].sum() / count)
-      found.append({'from': 2**power, 'to': last, 'loss': loss, 'targets': count})
-  return found
-
-
 def what_was_asked(
   stream: TokenStream | probes.Stream, read: Reading, windows: EvalWindows
 ) -> dict[str, Any]:
   """Of text its loss by what stood before; of a probe its sizes, accuracy and bits recalled."""
   if not isinstance(stream, probes.Stream):
-    seen = int(np.sum(bigrams_seen(windows.tokens, windows.starts) & windows.mask))
-    return {'loss_by_bigram': loss_by_bigram(read, seen, int(windows.mask.sum()))}
+    seen = int(np.sum(breakdown.bigrams_seen(windows.tokens, windows.starts) & windows.mask))
+    nll, targets = float(read.by_window.sum()), int(windows.mask.sum())
+    return {'loss_by_bigram': breakdown.loss_by_bigram(read.seen, nll, seen, targets)}
   probe, targets = stream.probe, windows.mask.sum(axis=1)
   accuracy = float(read.right.sum() / targets.sum())
   return {
@@ -408,55 +379,6 @@ def what_was_asked(
     'bits_held': probe.bits_held(),
     'guessing': 1 / probe.answers,
     'accuracy': accuracy,
-    'accuracy_ci95': bootstrap_mean(read.right, targets),
+    'accuracy_ci95': breakdown.bootstrap_mean(read.right, targets),
     'bits_recalled': probe.bits_recalled(accuracy),
   }
-
-
-def bigrams_seen(
-  tokens: Int[np.ndarray, 'B window'], starts: Int[np.ndarray, 'B T'] | None = None
-) -> Bool[np.ndarray, 'B T']:
-  """Of each target, whether it and the token before it stood so earlier in the window, with
-  `starts` in its document there."""
-  seen = np.ones((len(tokens), tokens.shape[1] - 1), bool)
-  wide = tokens.astype(np.int64)
-  bigrams = wide[:, :-1] * (wide.max(initial=0) + 1) + wide[:, 1:]
-  if starts is not None:  # those of another document are others
-    bigrams = bigrams * tokens.shape[1] + starts
-  for row, of_window in zip(seen, bigrams, strict=True):
-    row[np.unique(of_window, return_index=True)[1]] = False
-  return seen
-
-
-def loss_by_bigram(read: Reading, seen: int, targets: int) -> dict[str, dict[str, Any]]:
-  """The mean of the `seen` targets whose bigram stood earlier, and of the others; None of none."""
-  sums = {'seen': (read.seen, seen), 'new': (read.by_window.sum() - read.seen, targets - seen)}
-  return {
-    name: {'loss': float(nll / count) if count else None, 'targets': count}
-    for name, (nll, count) in sums.items()
-  }
-
-
-def bootstrap_perplexity(
-  nll: Float[np.ndarray, ' W'], targets: Int[np.ndarray, ' W'], resamples: int = BOOTSTRAPS
-) -> list[float] | None:
-  """exp of bootstrap_mean: that of the perplexity."""
-  bounds = bootstrap_mean(nll, targets, resamples)
-  return None if bounds is None else [float(bound) for bound in np.exp(bounds)]
-
-
-def bootstrap_mean(
-  sums: Shaped[np.ndarray, ' W'], targets: Int[np.ndarray, ' W'], resamples: int = BOOTSTRAPS
-) -> list[float] | None:
-  """The 95 % percentile interval [low, high] of sum sums / sum targets over windows.
-
-  None of fewer than LEAST_WINDOWS windows.
-  """
-  if len(sums) < LEAST_WINDOWS:
-    return None
-  rng = np.random.default_rng(0)
-  means = []
-  for _ in range(resamples):
-    drawn = rng.integers(0, len(sums), len(sums))
-    means.append(sums[drawn].sum() / targets[drawn].sum())
-  return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]

@@ -18,8 +18,8 @@ import pytest
 from conftest import mesh_of, tiny_config
 from flax import nnx
 
+from mla import breakdown, evaluate, generate, plots, sharding, tables
 from mla import cache as cache_lib
-from mla import evaluate, generate, plots, sharding, tables
 from mla.backends import cpu
 from mla.cutting import cut_latent
 from mla.data.pipeline import eval_windows, load_data
@@ -147,7 +147,7 @@ def test_the_interval_is_that_of_the_mean():
   rng = np.random.default_rng(3)
   targets = np.full(400, 32)
   nll = 32 * rng.normal(1.2, 0.3, 400)
-  low, high = evaluate.bootstrap_perplexity(nll, targets)
+  low, high = breakdown.bootstrap_perplexity(nll, targets)
   means = nll / 32
   error = 1.96 * means.std() / math.sqrt(400)
   assert math.log(low) == pytest.approx(means.mean() - error, abs=0.1 * error)
@@ -159,7 +159,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
   targets = np.full(60, 1)
   hits = 0
   for _ in range(200):
-    low, high = evaluate.bootstrap_perplexity(rng.normal(1.0, 0.2, 60), targets, resamples=300)
+    low, high = breakdown.bootstrap_perplexity(rng.normal(1.0, 0.2, 60), targets, resamples=300)
     hits += low <= math.e <= high
   assert 0.88 < hits / 200 < 0.99
 
@@ -167,7 +167,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 def test_few_windows_have_no_interval():
   nll, targets = np.linspace(20.0, 40.0, 100), np.full(100, 32)
   for count in (1, 2, 10, 19, 20, 100):
-    interval = evaluate.bootstrap_perplexity(nll[:count], targets[:count], 50)
+    interval = breakdown.bootstrap_perplexity(nll[:count], targets[:count], 50)
     assert interval is None if count < 20 else interval[0] < interval[1]
 
 

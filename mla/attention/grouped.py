@@ -93,11 +93,7 @@ def key_heads(config: ConfigDict) -> int:
 def _rules(config: ConfigDict) -> Iterator[Rule]:
   if config.attention == 'gqa':
     fits = config.num_kv_heads > 0 and config.num_heads % config.num_kv_heads == 0
-    yield (
-      fits,
-      'num_kv_heads',
-      f'gqa needs a number that divides num_heads={config.num_heads}',
-    )
+    yield fits, 'num_kv_heads', f'gqa needs a number that divides num_heads={config.num_heads}'
   cure = f'cannot rotate more than head_dim={config.head_dim}; 0 rotates all'
   yield config.rope_dim <= config.head_dim, 'rope_dim', cure
   whole = config.rope_dim == 0

@@ -71,7 +71,7 @@ def attention_maps(figure: Figure, maps: np.ndarray) -> None:
 
 
 def by_position(figure: Figure, groups: Sequence[Mapping[str, Any]]) -> None:
-  """evaluate.loss_by_position's groups: mean loss against how many tokens a target sees."""
+  """breakdown.loss_by_position's groups: mean loss against how many tokens a target sees."""
   whole = [group for group in groups if group['to'] == 2 * group['from'] - 1]
   groups = whole if len(whole) > 1 else groups  # of the last doubling often a single position
   seen = [group['from'] for group in groups]
