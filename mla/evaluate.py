@@ -16,8 +16,8 @@ The protocol, so that anybody can repeat it:
 - perplexity = exp(total NLL / targets). bits_per_byte = total NLL in nats / (ln 2 * UTF-8 bytes of
   the targets' text; BOS has none).
 - perplexity_ci95: percentile bootstrap, 2,000 resamples of whole windows (tokens of a window are
-  not independent), seed 0. It says how far another text of this kind would move the figure, not another
-  training seed. None (null) of fewer than 20 windows, of which it would say too little.
+  not independent), seed 0. It says how far another text of this kind would move the figure, not
+  another training seed. None (null) of fewer than 20 windows, of which it would say too little.
 - kv_cache_bytes_per_token: nbytes of the arrays allocated for the windows over their token slots;
   kv_cache_bytes_per_token_per_device: of the part of them that one device holds.
 - A probe (mla/probes.py) has no text: its windows are those that are held out, its targets those
