@@ -22,6 +22,7 @@ import numpy as np
 
 from bench import harness
 from mla import files
+from mla.data.pipeline import EvalWindows
 
 CALIBRATION = 16_384  # tokens
 STEPS = 20  # a turn
@@ -64,7 +65,7 @@ def cuts(workdir: Path, tokens: int) -> list[dict[str, Any]]:
     return []
   run = inside.open_run(workdir)
   windows = eval_windows(run.data.validation, seq_len=config.seq_len, max_tokens=tokens)
-  calibration = eval_windows(run.data.train, seq_len=config.seq_len, max_tokens=CALIBRATION).tokens
+  calibration = eval_windows(run.data.train, seq_len=config.seq_len, max_tokens=CALIBRATION)
   mesh = inside.sharding.make_mesh(inside.ONE_DEVICE)
   rows = []
   for method, widths, model, more in models(run, nested.widths_of(config), calibration):
@@ -77,21 +78,22 @@ def cuts(workdir: Path, tokens: int) -> list[dict[str, Any]]:
   return rows
 
 
-def models(run, widths: tuple[int, ...], calibration: np.ndarray) -> Iterator[tuple]:
+def models(run, widths: tuple[int, ...], calibration: EvalWindows) -> Iterator[tuple]:
   """(method, widths by layer, model, what else there is to say) of what a trial can become."""
   from mla import budgets, cutting
 
   config, layers = run.config, run.config.num_layers
+  tokens, starts = calibration.tokens, calibration.starts
   if widths:
     for width in widths:
       yield 'uniform', [width] * layers, cutting.cut_latent(run.model, config, width)[0], {}
-    for budget in budgets.search(run.model, config, calibration):
+    for budget in budgets.search(run.model, config, tokens, starts):
       model = cutting.cut_layers(run.model, config, budget.widths)
       yield 'by layer', [*budget.widths], model, {'divergence': budget.divergence}
     return
-  moments = cutting.latent_moments(run.model, calibration[:, :-1])
+  moments = cutting.latent_moments(run.model, tokens[:, :-1], starts)
   turned = cutting.rotate_latent(run.model, moments)
-  of_turned = cutting.latent_moments(turned, calibration[:, :-1])
+  of_turned = cutting.latent_moments(turned, tokens[:, :-1], starts)
   halves = [config.latent_dim >> times for times in range(4)]
   for width in (width for width in halves if width):
     cut = cutting.cut_plain(run.model, config, width, moments)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from mla.attention import nested
+from mla.backends import Starts
 from mla.model import Decoder, states
 
 BATCH = 32
@@ -27,11 +28,15 @@ class Budget(NamedTuple):
 
 
 def search(
-  model: Decoder, config: ConfigDict, windows: Int[np.ndarray, 'W window']
+  model: Decoder,
+  config: ConfigDict,
+  windows: Int[np.ndarray, 'W window'],
+  starts: Int[np.ndarray, 'W T'] | None = None,
 ) -> Iterator[Budget]:
   """From the whole latents to the narrowest, one layer and one width at a time.
 
-  `windows` are calibration text: not what the budgets are then judged on.
+  `windows` are calibration text: not what the budgets are then judged on. `starts`: from which
+  position on each token sees it, where documents are kept apart.
   """
   widths = nested.widths_of(config)
   now = Budget((widths[-1],) * config.num_layers, 0.0)
@@ -42,29 +47,33 @@ def search(
       if width > widths[0]:
         narrower = widths[widths.index(width) - 1]
         cut = (*now.widths[:layer], narrower, *now.widths[layer + 1 :])
-        found = Budget(cut, divergence(model, windows, cut))
+        found = Budget(cut, divergence(model, windows, cut, starts))
         tried[found] = (found.divergence - now.divergence) / (width - narrower)
     now = min(tried, key=lambda found: tried[found])
     yield now
 
 
 def divergence(
-  model: Decoder, windows: Int[np.ndarray, 'W window'], widths: tuple[int, ...]
+  model: Decoder,
+  windows: Int[np.ndarray, 'W window'],
+  widths: tuple[int, ...],
+  starts: Int[np.ndarray, 'W T'] | None = None,
 ) -> float:
   """KL(whole model || that cut to widths[i] in layer i), nats a token, mean over the windows."""
-  parts = [
-    _divergence(model, windows[start : start + BATCH, :-1], jnp.asarray(widths, jnp.int32))
-    for start in range(0, len(windows), BATCH)
-  ]
+  parts = []
+  for first in range(0, len(windows), BATCH):
+    rows = slice(first, first + BATCH)
+    of_rows = None if starts is None else starts[rows]
+    parts.append(_divergence(model, windows[rows, :-1], jnp.asarray(widths, jnp.int32), of_rows))
   return float(np.mean(np.concatenate(parts)))
 
 
 @jax.jit
 def _divergence(
-  model: Decoder, tokens: Int[Array, 'B T'], widths: Int[Array, ' L']
+  model: Decoder, tokens: Int[Array, 'B T'], widths: Int[Array, ' L'], starts: Starts
 ) -> Float[Array, ' B']:
   def predict(cut: Array | None) -> Array:
-    x = states(model, tokens, cut)
+    x = states(model, tokens, cut, starts)
     logits = x @ model.unembedding().astype(x.dtype)
     return jax.nn.log_softmax(logits[..., : model.vocab].astype(jnp.float32))
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from mla.attention import nested
-from mla.backends import rms_norm
+from mla.backends import Starts, rms_norm
 from mla.layers import EPSILON, project
 from mla.model import Block, Decoder, make_model
 
@@ -60,20 +60,22 @@ def cut_layers(model: Decoder, config: ConfigDict, widths: Sequence[int]) -> Dec
 
 
 def latent_moments(
-  model: Decoder, tokens: Int[Array | np.ndarray, 'B T']
+  model: Decoder,
+  tokens: Int[Array | np.ndarray, 'B T'],
+  starts: Int[Array | np.ndarray, 'B T'] | None = None,
 ) -> Float[np.ndarray, 'L C C']:
   """The mean outer product of a plain latent with itself, by layer, before its norm's gain."""
 
-  def moments(model: Decoder, tokens: Array) -> Array:
+  def moments(model: Decoder, tokens: Array, starts: Starts) -> Array:
     x, positions, found = model.embed(tokens), np.arange(tokens.shape[1])[None], []
     for block in model.layers():
       latent = project(block.attention_norm(x), block.attention.w_dkv)
       latent = rms_norm(latent, jnp.ones_like(latent[0, 0]), EPSILON)
       found.append(jnp.einsum('btc,btd->cd', latent, latent) / tokens.size)
-      x, _ = block.parallel(x, positions)
+      x, _ = block.parallel(x, positions, starts=starts)
     return jnp.stack(found)
 
-  return np.asarray(jax.jit(moments)(model, tokens), np.float64)
+  return np.asarray(jax.jit(moments)(model, tokens, starts), np.float64)
 
 
 def rotate_latent(model: Decoder, moments: Float[np.ndarray, 'L C C']) -> Decoder:

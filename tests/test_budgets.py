@@ -37,10 +37,20 @@ def test_the_divergence_is_that_of_the_model_that_is_cut():
   assert budgets.divergence(model, WINDOWS, (14, 14)) == 0
 
 
+def test_documents_of_a_row_are_judged_apart():
+  model = trained_model()
+  starts = np.where(np.arange(20) < 8, 0, 8)[None].repeat(3, axis=0)
+  found = budgets.divergence(model, WINDOWS, (8, 4), starts)
+  first = budgets.divergence(model, WINDOWS[:, :9], (8, 4))  # the last token is only a target
+  second = budgets.divergence(model, WINDOWS[:, 8:], (8, 4))
+  np.testing.assert_allclose(found, (8 * first + 12 * second) / 20, rtol=1e-3)
+  assert abs(found / budgets.divergence(model, WINDOWS, (8, 4)) - 1) > 0.01
+
+
 def test_each_step_takes_what_adds_least_for_what_it_frees(monkeypatch):
   cost = {pair: sum(pair) for pair in itertools.product((4, 8, 14), repeat=2)}
   cost |= {(14, 14): 0.0, (8, 14): 0.5, (14, 8): 0.6, (4, 14): 0.6, (8, 8): 1.4, (4, 8): 1.0}
-  monkeypatch.setattr(budgets, 'divergence', lambda model, windows, widths: cost[widths])
+  monkeypatch.setattr(budgets, 'divergence', lambda model, windows, widths, starts: cost[widths])
   found = list(budgets.search(make_model(CONFIG, VOCAB), CONFIG, WINDOWS))
   # (8, 14) frees 6 for 0.5; then (4, 14) frees 4 for 0.1, against (8, 8), 6 for 0.9.
   assert [budget.widths for budget in found] == [(14, 14), (8, 14), (4, 14), (4, 8), (4, 4)]

@@ -48,6 +48,14 @@ def test_layers_cut_alike_are_the_model_that_is_cut():
   assert cache.bytes_per_token() == of_model.bytes_per_token()
 
 
+def test_moments_of_documents_in_a_row_are_those_of_each_alone():
+  model = model_of('mla')
+  starts = jnp.where(jnp.arange(21) < 9, 0, 9)[None].repeat(2, axis=0)
+  apart = latent_moments(model, TOKENS[:, :9]) * 9 + latent_moments(model, TOKENS[:, 9:]) * 12
+  np.testing.assert_allclose(latent_moments(model, TOKENS, starts), apart / 21, atol=1e-5)
+  assert abs(latent_moments(model, TOKENS) - apart / 21).max() > 1e-3
+
+
 def test_a_turned_latent_is_the_same_function_with_its_axes_in_order():
   model = model_of('mla')
   moments = latent_moments(model, TOKENS)
