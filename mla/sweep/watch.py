@@ -52,6 +52,7 @@ class Watch:
     with self._lock:
       self._clear()
       self._say(line)
+      self._out.flush()  # a pipe's or a file's reader sees it now
 
   def _run(self) -> None:
     while not self._end.wait(LOOK if self._terminal else IN_A_PIPE):
@@ -95,7 +96,8 @@ def _last_line(path: Path, since: float) -> dict[str, Any] | None:
       return None
     with path.open('rb') as file:
       file.seek(max(0, path.stat().st_size - TAIL))
-      line = json.loads(file.read().decode(errors='replace').splitlines()[-1])
+      lines = file.read().decode(errors='replace').splitlines()
+    line = json.loads(lines[-1]) if lines else None  # a file is there before its first line
     if isinstance(line, dict) and isinstance(line.get('step'), int):
       return line
   return None
