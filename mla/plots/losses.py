@@ -92,7 +92,7 @@ def latent_knob(figure: Figure, summary: Mapping[str, Any]) -> None:
   best = min(fair, key=lambda arm: arm['mean_loss'])
   told = ' Dashed: the best arm of each family without a latent.' if others else ''
   if any('prefix_of' in arm for arm in arms):
-    told += ' Dotted: one nested run, cut to each width.'
+    told += ' Dotted: a nested run, cut to each width.'
   labels.headline(figure, _gains(fair), _bars_are(arms) + told)
   lines = []
   nested = {arm['prefix_of'] for arm in arms if 'prefix_of' in arm}  # each has a line of its own
@@ -129,6 +129,8 @@ def latent_knob(figure: Figure, summary: Mapping[str, Any]) -> None:
   texts = [f'{arm["kv_cache_bytes_per_token"]:,.0f} bytes{_star(arm)}' for arm in arms]
   if len({arm['attention'] for arm in arms}) > 1:
     texts = [f'{family[a["attention"]].label} {text}' for a, text in zip(arms, texts, strict=True)]
+  if len(nested) > 1:
+    texts = [f'{run}, {text}' if run else text for run, text in zip(runs, texts, strict=True)]
   colours = [family[arm['attention']].colour for arm in arms]
   panels.name(rows, points, places, texts, colours, lines)
 

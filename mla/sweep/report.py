@@ -11,6 +11,8 @@ from mla import files, plots, terminal
 from mla.sweep import frontier, looks, sections
 from mla.tables import Table, columns, markdown
 
+TRAINING_LENGTH = ('num_steps', 'batch_size')  # fields that say how many tokens an arm has seen
+
 
 def write(folder: Path, reference: str = '', margin: float = frontier.MARGIN) -> str:
   """frontier.json, frontier.png and report.md of a sweep; returns the table for the terminal.
@@ -198,6 +200,14 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
       of_text = any(arm['mean_bits_per_byte'] is not None for arm in summary['arms'])
       cure = 'compare bits per byte' if of_text else 'their losses cannot be compared'
       found.append(f'{name} differs between arms, and with it what is scored: {cure}')
+  for name in TRAINING_LENGTH:
+    set_by = {arm.get('prefix_of', arm['arm']): arm['fields'].get(name) for arm in summary['arms']}
+    if len(set(map(str, set_by.values()))) > 1:
+      told = ', '.join(f'{arm} {value}' for arm, value in set_by.items() if value is not None)
+      found.append(
+        f'{name} differs between arms ({told}): who has seen more tokens has a lower loss with any '
+        'cache'
+      )
   wide = [
     f'{arm["arm"]} ({arm["half_width"]:.3f}; {arm["seeds_for_width"] or "very many"} seeds)'
     for arm in summary['arms']

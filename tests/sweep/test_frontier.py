@@ -213,6 +213,16 @@ def test_an_interval_over_two_seeds_is_warned_of(tmp_path):
   )
 
 
+def test_arms_that_have_not_seen_equally_many_tokens_are_warned_of(tmp_path):
+  lines = seeds_of('large', 1.2, 1.21, 1.22) + seeds_of('long', 1.1, 1.11, 1.12)
+  equal = report.warnings(frontier.summarise(stored(tmp_path, lines)))
+  assert not any('num_steps' in warning for warning in equal)
+  for line in lines[3:]:
+    line['fields'] = {**line['fields'], 'num_steps': 1600}
+  told = report.warnings(frontier.summarise(stored(tmp_path, lines)))
+  assert any('num_steps differs between arms (long 1600)' in warning for warning in told)
+
+
 def test_a_report_needs_no_costs(tmp_path):
   lines = seeds_of('large', 1.2, 1.21, 1.22) + seeds_of('small', 1.2, 1.21, 1.3, size=4.0)
   lines += seeds_of('lone', 1.2, size=2.0)
