@@ -165,7 +165,7 @@ class Checkpoints:
         # Under a name of its own first: what a kill leaves of it is no checkpoint.
         going = self._path / f'{step}{UNFINISHED}'
         os.rename(self._path / str(step), going)
-        shutil.rmtree(going)
+        shutil.rmtree(going, ignore_errors=True)  # the next start clears what is left
 
   def _check_folder(self) -> None:
     """Raises MachineError if the folder is not the one opened; Orbax would make it anew."""

@@ -5,6 +5,7 @@ all that needs it. So this file imports none of that either.
 """
 
 import difflib
+import errno
 import io
 import logging
 import os
@@ -118,15 +119,22 @@ def use_compilation_cache() -> None:
 
 
 class _Outlet(io.FileIO):
-  """A descriptor whose reader may leave (`| head`): what is written from then on goes nowhere."""
+  """A descriptor that may stop taking what is written, which then goes nowhere.
+
+  A reader has left (`| head`) or a terminal has gone, for good; or the disk of a log is full, which
+  may pass.
+  """
 
   def write(self, data) -> int:
     try:
       return super().write(data)
-    except BrokenPipeError:
-      nowhere = os.open(os.devnull, os.O_WRONLY)
-      os.dup2(nowhere, self.fileno())
-      os.close(nowhere)
+    except OSError as error:
+      if error.errno in (errno.EPIPE, errno.EIO):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+      elif error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise
       return memoryview(data).nbytes
 
 

@@ -21,7 +21,7 @@ from mla.workdir import read_config
 
 RECORD = 'init_from.json'
 # No weight's shape shows these, but another value makes another model of it.
-UNSEEN = 'attention rope_base rope_dim rope_scaling norm_eps'.split()
+UNSEEN = 'attention nested rope_base rope_dim rope_scaling norm_eps'.split()
 
 
 def settle(workdir: Path, asked: Path | None, *, begun: bool) -> str | None:

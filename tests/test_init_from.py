@@ -141,3 +141,11 @@ def test_tokens_of_another_tokenizer_are_refused(source, text):
 def test_a_run_that_differs_is_told_its_folder(source, text, changes, named):
   with pytest.raises(UserError, match=named):
     check_workdir(config_of(text, **changes), source)
+
+
+def test_what_no_shape_shows_is_told(source, caplog):
+  """Plain weights in a nested model are another function."""
+  config = config_of(Path('any'), nested='4,8,14')
+  tokenizer = Checkpoints(source).newest()[0]['tokenizer']
+  init_from.weights(source, config, tokenizer, params_of(config))
+  assert 'nested= there, 4,8,14 here' in caplog.text

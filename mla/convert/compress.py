@@ -81,6 +81,7 @@ def compress(
   width = min(source.seq_len, WINDOW)
   held_out = eval_windows(data.validation, seq_len=width, max_tokens=REPORTED)
   calibration = eval_windows(data.train, seq_len=width, max_tokens=CALIBRATION)
+  calibration = without_padding(calibration)
   observed = observe(run.model, calibration.tokens[:, :-1], calibration.starts)
   report: dict[str, Any] = {
     'source': str(workdir),
@@ -106,6 +107,12 @@ def compress(
         {**saved, 'tokenizer': run.tokenizer.digest},
       )
   return report
+
+
+def without_padding(windows: EvalWindows) -> EvalWindows:
+  """The windows that are full, if there are any: what pads the last one is no text."""
+  full = np.flatnonzero(windows.mask.all(axis=1))
+  return windows.take(full) if len(full) else windows
 
 
 def full_rank(config: ConfigDict, rope_dim: int) -> int:
@@ -209,7 +216,6 @@ def convert(
       'value_head_dim': source.value_head_dim or source.head_dim,
     }
   )
-  vocab = model.embedding.shape[0]
   own = flatten(nnx.state(model, nnx.Param))
   layers = [
     factorise(
@@ -227,7 +233,7 @@ def convert(
     f'blocks/attention/{name}/value': np.stack([getattr(layer, name) for layer in layers])
     for name in Factors._fields
   }
-  graphdef, params = nnx.split(nnx.eval_shape(lambda: model_lib.make_model(config, vocab)))
+  graphdef, params = nnx.split(nnx.eval_shape(lambda: model_lib.make_model(config, model.vocab)))
   filled = {
     path: jnp.asarray(new[path] if path in new else own[path], jnp.float32)
     for path in flatten(params)
@@ -338,7 +344,7 @@ def _loss(model: model_lib.Decoder, windows: EvalWindows) -> float:
     model: model_lib.Decoder, tokens: Int[Array, 'B window'], starts: Starts
   ) -> Float[Array, 'B T']:
     x = model_lib.states(model, tokens[:, :-1], starts=starts)
-    return loss_lib.token_nll(x, model.unembedding(), tokens[:, 1:])
+    return loss_lib.token_nll(x, model.unembedding(), tokens[:, 1:], model.vocab)
 
   rows = []
   for index in range(len(windows.tokens)):

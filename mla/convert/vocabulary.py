@@ -124,8 +124,9 @@ def _fill(found: dict[str, Any], vocab: int, path: Path) -> None:
 
 
 def to_files(tokenizer: Tokenizer) -> dict[str, str]:
-  """A run's tokenizer as files that transformers loads, by name: it sets BOS before each text and
-  reads special tokens that a text spells out as text, as ours do."""
+  """A run's tokenizer as files that transformers loads, by name: it reads special tokens that a
+  text spells out as text, and sets BOS before each text, as ours do; an hf: tokenizer keeps the
+  rules of its own file for that."""
   settings = {
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'clean_up_tokenization_spaces': False,
@@ -134,6 +135,9 @@ def to_files(tokenizer: Tokenizer) -> dict[str, str]:
   if isinstance(tokenizer, HuggingFaceTokenizer):
     found = files.read_json(tokenizer.path, 'restore it')
     name = _name(found, tokenizer.bos)
+    if name is None:  # BOS is ours alone
+      name = '<|bos|>'
+      found['added_tokens'] = [*(found.get('added_tokens') or ()), _added(tokenizer.bos, name)]
   else:
     name = '<s>'
     found = _bytes() if isinstance(tokenizer, ByteTokenizer) else _sentencepiece(tokenizer)
@@ -179,12 +183,13 @@ def _sentencepiece(tokenizer: BpeTokenizer) -> dict[str, Any]:
   return _described(None, decoder, _bpe(vocab, merges, byte_fallback=True))
 
 
-def _name(found: dict[str, Any], number: int) -> str:
-  """What a tokenizer.json calls a token."""
+def _name(found: dict[str, Any], number: int) -> str | None:
+  """What a tokenizer.json calls a token; None if it has none of this number."""
   for token in found.get('added_tokens') or ():
     if token['id'] == number:
       return token['content']
-  return next(name for name, other in found['model']['vocab'].items() if other == number)
+  entries = found['model']['vocab'].items()
+  return next((name for name, other in entries if other == number), None)
 
 
 def _described(splitter: Any, decoder: Any, model: dict[str, Any]) -> dict[str, Any]:

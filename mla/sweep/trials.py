@@ -292,7 +292,8 @@ def find_workdirs(folder: Path) -> dict[str, str]:
 
 def _is_sweep(folder: Path) -> bool:
   held = {path.name for path in folder.iterdir()}
-  return held <= {'.lock'} or bool(held & {'trials', 'results.jsonl'})
+  # Of one that was stopped before its first trial began, only what its engine writes is there.
+  return held <= {'.lock', 'logs', 'ray', 'starts'} or bool(held & {'trials', 'results.jsonl'})
 
 
 def check(

@@ -65,6 +65,25 @@ def test_padding_is_no_target():
   assert compress._loss(model, padded) == pytest.approx(compress._loss(model, windows), rel=1e-6)
 
 
+def test_columns_that_round_the_vocabulary_are_no_tokens():
+  config, model = drawn('gqa', round_to=64)
+  assert model.embedding.shape[0] > model.vocab == 61
+  logits = jax.nn.log_softmax(forward(model, jnp.asarray(TOKENS[:, :-1]))[..., :61])
+  expected = -np.take_along_axis(np.asarray(logits), TOKENS[:, 1:, None], axis=-1).mean()
+  windows = EvalWindows(TOKENS, np.ones((2, 23), bool))
+  assert compress._loss(model, windows) == pytest.approx(expected, rel=1e-5)
+  assert compress.convert(config, model, observed(model), 20, 6, 'svd')[1].vocab == 61
+
+
+def test_what_pads_a_window_is_not_observed():
+  mask = np.ones((3, 23), bool)
+  mask[2, 9:] = False
+  windows = EvalWindows(np.concatenate([TOKENS, TOKENS[:1]]), mask)
+  np.testing.assert_array_equal(compress.without_padding(windows).tokens, TOKENS)
+  alone = EvalWindows(TOKENS[:1], mask[2:])
+  np.testing.assert_array_equal(compress.without_padding(alone).tokens, TOKENS[:1])
+
+
 def test_at_full_rank_the_rank_loses_nothing_and_just_below_something():
   """Also where heads share nothing that turns: the rotary key has its own."""
   config, model = drawn('gqa')
