@@ -24,7 +24,7 @@ def recall(figure: Figure, summaries: Sequence[Mapping[str, Any]], title: str) -
   for axes, summary, sizes in zip(panes, summaries, shown, strict=True):
     probe = summary['probe']
     axes.set_title(
-      f'{probe["task"]}, {probe["bits_held"] / probe["records"]:g} bits a record',
+      f'{probe["task"]}, {probe["bits_held"] / probe["records"]:.3g} bits a record',
       loc='left',
       fontsize='medium',
     )
@@ -72,7 +72,7 @@ def knees(figure: Figure, summaries: Sequence[Mapping[str, Any]], title: str) ->
     colour = styles(['mla'])['mla'].colour
     keys += axes.plot(
       *zip(*points, strict=True), color=colour, linestyle=line, marker='.',
-      label=f'{probe["task"]}, {bits:g} bits a record',
+      label=f'{probe["task"]}, {bits:.3g} bits a record',
     )  # fmt: skip
   panels.log_axis(axes, panels.log_limits(sizes))
   axes.set_xlabel('bits of the cache for each bit of a record (log scale)')

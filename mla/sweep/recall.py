@@ -91,5 +91,5 @@ def claim(summaries: Sequence[Mapping[str, Any]]) -> str:
   for summary in summaries:
     probe, size = summary['probe'], knee(summary)
     where = 'at none of these sizes' if size is None else f'at about {size:.0f} bytes'
-    told.append(f'with {probe["bits_held"] / probe["records"]:g} bits a record {where}')
+    told.append(f'with {probe["bits_held"] / probe["records"]:.3g} bits a record {where}')
   return f'{summaries[0]["probe"]["task"]}: MLA is half-way from guessing {", ".join(told)}'
