@@ -47,7 +47,8 @@ def by_arm(arms: Mapping[str, Lines], fair: Set[str], level: float) -> dict[str,
   pairs = sum(math.comb(len(fair & set(group)), 2) for group in groups)
   found = {}
   for group in groups:
-    best = max(fair & set(group), key=lambda arm: means[arm].mean, default=None)
+    rivals = sorted(fair & set(group))  # of a tie the first is the best, however sets are ordered
+    best = max(rivals, key=lambda arm: means[arm].mean, default=None)
     for arm in group:
       lines, mean = arms[arm], means[arm]
       difference = None

@@ -58,6 +58,14 @@ def test_lines_of_unlike_probes_or_of_text_are_of_none():
   assert recall.probe_of([*every, {'loss': 1.0}]) is None
 
 
+def test_of_a_tie_the_first_name_is_the_best():
+  """Sets have another order in each process; a report must not."""
+  names = [f'arm-{number:02}' for number in range(20)]
+  tied = {name: lines(name, 64.0, [1.0, 1.0, 1.0]) for name in reversed(names)}
+  found = recall.by_arm(tied, set(names), 0.05)
+  assert {arm['best_of_equal_bytes'] for arm in found.values()} == {'arm-00'}
+
+
 def summary(bits_factor: int = 1) -> dict:
   found = recall.by_arm(ARMS, ARMS.keys(), 0.05)
   probe = recall.probe_of(ARMS['mqa'])
