@@ -235,10 +235,10 @@ def _on_frontier(arms: Sequence[Arm], level: float) -> dict[str, str]:
 def _at_equal_bytes(arms: Sequence[Arm], level: float) -> tuple[dict[str, dict[str, Any]], int]:
   """{arm: the best of its bytes and the difference to it}; and how many pairs share the level."""
   groups = [list(group) for _, group in itertools.groupby(arms, key=lambda arm: arm.size)]
-  pairs = sum(math.comb(sum(arm.whole for arm in group), 2) for group in groups)
+  pairs = sum(math.comb(sum(map(_fair, group)), 2) for group in groups)
   found = {}
   for group in groups:
-    best = min(group, key=lambda arm: (not arm.whole, arm.mean.mean))
+    best = min(group, key=lambda arm: (not arm.whole, not _fair(arm), arm.mean.mean))
     for arm in group:
       found[arm.name] = {
         'best_of_equal_bytes': best.name,
@@ -247,8 +247,13 @@ def _at_equal_bytes(arms: Sequence[Arm], level: float) -> tuple[dict[str, dict[s
   return found, pairs
 
 
+def _fair(arm: Arm) -> bool:
+  """Whether anything can be decided by it: no seed failed, and none both chose and judges."""
+  return arm.whole and not arm.judged.tuned_on_itself
+
+
 def _recalled(arms: Sequence[Arm], level: float) -> dict[str, Any]:
-  fair = {arm.name for arm in arms if arm.whole and not arm.judged.tuned_on_itself}
+  fair = {arm.name for arm in arms if _fair(arm)}
   return recall.by_arm({arm.name: arm.lines for arm in arms}, fair, level)
 
 
@@ -279,15 +284,24 @@ def _means(arms: Sequence[Arm]) -> dict[str, stats.Estimate]:
 
 
 def _correlation(arms: Sequence[Arm]) -> dict[str, Any] | None:
-  found = stats.mean_correlation([arm.judged.losses for arm in arms if arm.whole])
+  independent = [arm for arm in arms if arm.whole and arm.trained == arm.name]
+  found = stats.mean_correlation([arm.judged.losses for arm in independent])
   return None if found is None else dict(zip(('mean', 'pairs', 'seeds'), found, strict=True))
+
+
+def _difference(arm: Arm, other: Arm) -> stats.Estimate:
+  """Of independent samples; of widths of one nested run, whose losses move together, by seed."""
+  if arm.trained != other.trained:
+    return stats.difference(arm.mean, other.mean)
+  of_arm, of_other = arm.judged.losses, other.judged.losses
+  return stats.estimate([of_arm[seed] - of_other[seed] for seed in of_arm if seed in of_other])
 
 
 def _against(arm: Arm, base: Arm, level: float) -> dict[str, Any] | None:
   """The difference to the reference: its interval, and its bounds among those of all arms."""
   if arm.name == base.name or not (arm.whole and base.whole):
     return None
-  d, smaller = stats.difference(arm.mean, base.mean), arm.size < base.size
+  d, smaller = _difference(arm, base), arm.size < base.size
   return {
     'mean': d.mean,
     'degrees_of_freedom': d.freedom,
@@ -300,7 +314,7 @@ def _against(arm: Arm, base: Arm, level: float) -> dict[str, Any] | None:
 def _simultaneous(arm: Arm, other: Arm, level: float) -> dict[str, Any] | None:
   if arm.name == other.name or not (arm.whole and other.whole):
     return None
-  d = stats.difference(arm.mean, other.mean)
+  d = _difference(arm, other)
   return {
     'mean': d.mean,
     'degrees_of_freedom': d.freedom,

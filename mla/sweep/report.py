@@ -88,8 +88,10 @@ def _rules(summary: Mapping[str, Any]) -> list[str]:
       'seeds (mla/sweep/tuning.py).'
     )
   correlation = summary['correlation']
+  nested = any('prefix_of' in arm for arm in summary['arms'])
+  but = ' (but for widths of one nested run)' if nested else ''
   found.append(
-    'Differences are of independent samples (Welch), not paired by seed: '
+    f'Differences are of independent samples (Welch), not paired by seed{but}: '
     + (
       'too few seeds are common to the arms to measure how much luck they share.'
       if correlation is None

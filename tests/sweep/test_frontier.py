@@ -213,6 +213,15 @@ def test_an_interval_over_two_seeds_is_warned_of(tmp_path):
   )
 
 
+def test_an_arm_that_chose_its_own_seed_is_the_best_of_nothing(tmp_path):
+  lines = seeds_of('a', 1.2, 1.21, 1.19) + seeds_of('b', 1.4, 1.41, 1.39)
+  lines += [line('lucky', 0, 1.1), line('lucky', 0, 1.3, 1e-2)]
+  arms = arms_of(tmp_path, lines)
+  assert arms['lucky']['tuned_on_itself']
+  assert {arm['best_of_equal_bytes'] for arm in arms.values()} == {'a'}
+  assert arms['b']['difference_at_equal_bytes']['mean'] == pytest.approx(0.2)
+
+
 def test_arms_that_have_not_seen_equally_many_tokens_are_warned_of(tmp_path):
   lines = seeds_of('large', 1.2, 1.21, 1.22) + seeds_of('long', 1.1, 1.11, 1.12)
   equal = report.warnings(frontier.summarise(stored(tmp_path, lines)))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import test_frontier
+from scipy import stats
 
 from mla.errors import UserError
 from mla.sweep import frontier, sections, widths
@@ -50,6 +51,23 @@ def test_each_width_is_an_arm_of_its_own_bytes(tmp_path):
   assert arms['c4']['smaller_latent'] is None and summary['latent_steps'] == 2
   compute = next(t for t in sections.tables(summary) if t.title == 'Training compute')
   assert [row[0] for row in compute.rows] == ['c4', 'nested']
+
+
+def test_widths_of_one_run_are_compared_seed_by_seed(tmp_path):
+  """Their losses move together: as independent samples they could hardly ever be told apart."""
+  lines = [nested(0, 1.0), nested(1, 1.2), nested(2, 1.35)]
+  behind = (0.1, 0.101, 0.103)
+  for line, more in zip(lines, behind, strict=True):
+    line['prefixes'][0]['loss'] = line['loss'] + more
+  alone = test_frontier.seeds_of('c4', 1.1, 1.3, 1.2, size=4.0)
+  summary = summarise(tmp_path, [*lines, *alone], reference='nested')
+  arms = {arm['arm']: arm for arm in summary['arms']}
+  wanted = stats.ttest_1samp(behind, 0).confidence_interval(0.95)
+  assert arms['nested@4']['difference']['ci95'] == pytest.approx(list(wanted))
+  (mean, half) = (-np.mean(behind), stats.sem(behind) * stats.t.isf(0.01 / 2 / 2, 2))
+  found = arms['nested']['difference_to_smaller_latent']['ci95_simultaneous']
+  assert found == pytest.approx([mean - half, mean + half])
+  assert summary['correlation']['pairs'] == 1  # of what was trained, not of its widths
 
 
 def test_a_prefix_is_shown_with_its_runs(tmp_path):
