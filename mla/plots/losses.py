@@ -290,7 +290,9 @@ def _gains(arms: Sequence[Mapping[str, Any]]) -> str:
   if not shown:
     return 'No wider latent is shown to lose less than the next narrower one'
   narrow, wide, d = shown[-1]
-  told = f'C = {wide["latent_dim"]} lies {-d["mean"]:.3f} nats below C = {narrow["latent_dim"]}'
+  run = narrow.get('prefix_of')  # where it is cut from a nested run, the other is that run's too
+  of = f' of {run}' if run else ''
+  told = f'C = {wide["latent_dim"]}{of} lies {-d["mean"]:.3f} nats below C = {narrow["latent_dim"]}'
   return told + ('; no wider latent is shown to gain more' if steps[-1] != shown[-1] else '')
 
 
