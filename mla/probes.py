@@ -187,9 +187,10 @@ class MultiKey(Payload):
     return self.records
 
   def bits_held(self) -> float:
-    """Fewer than Payload's, for a value that was drawn is not drawn again."""
+    """Fewer than Payload's: no value is drawn twice, and which record stands first is not asked."""
     left = range(self.alphabet - self.records + 1, self.alphabet + 1)
-    return self.attributes * sum(map(math.log2, left))
+    orders = math.lgamma(self.records + 1) / math.log(2)
+    return self.attributes * sum(map(math.log2, left)) - orders
 
   def asking(self, attribute: np.ndarray) -> np.ndarray:
     return attribute

@@ -12,7 +12,7 @@ from mla.plots.styles import PALE, styles
 
 
 def recall(figure: Figure, summaries: Sequence[Mapping[str, Any]], title: str) -> None:
-  """A panel a sweep: each arm's mean accuracy with 95 % over seeds; a line through the latents.
+  """A panel a sweep: each arm's mean accuracy with 95 % over seeds; a line through each knob.
 
   The dotted line is what guessing gets.
   """
@@ -28,17 +28,17 @@ def recall(figure: Figure, summaries: Sequence[Mapping[str, Any]], title: str) -
       loc='left',
       fontsize='medium',
     )
-    latents = []
+    places = {}
     for arm, x in zip(summary['arms'], panels.side_by_side(sizes, limits), strict=True):
       look, found = family[arm['attention']], arm['recall']
       axes.errorbar(
         [x], [found['mean_accuracy']], yerr=[found['half_width'] or 0], color=look.colour,
         marker=look.marker, capsize=2.5, linewidth=1.2,
       )  # fmt: skip
-      if arm['latent_dim']:
-        latents.append((x, found['mean_accuracy']))
-    if latents:
-      axes.plot(*zip(*sorted(latents), strict=True), color=PALE, linewidth=1.2, zorder=1)
+      places[arm['arm']] = (x, found['mean_accuracy'])
+    for knob in summary['knobs']:
+      line = sorted(places[name] for name in knob)
+      axes.plot(*zip(*line, strict=True), color=PALE, linewidth=1.2, zorder=1)
     axes.axhline(probe['guessing'], color=PALE, linestyle=':')
     axes.set_ylim(-0.03, 1.06)
     panels.log_axis(axes, limits)
@@ -54,7 +54,8 @@ def recall(figure: Figure, summaries: Sequence[Mapping[str, Any]], title: str) -
 def knees(figure: Figure, summaries: Sequence[Mapping[str, Any]], title: str) -> None:
   """MLA's accuracy against the bits that its cache keeps, over those that a record holds.
 
-  Where the cache is what binds, sweeps over records of unlike size lie on one line.
+  Of latents of separate runs, as recall.knee has them. Where the cache is what binds, sweeps over
+  records of unlike size lie on one line.
   """
   axes = figure.subplots()
   labels.headline(figure, title)
@@ -63,10 +64,11 @@ def knees(figure: Figure, summaries: Sequence[Mapping[str, Any]], title: str) ->
   for summary, line in zip(summaries, itertools.cycle(('-', '--', ':', '-.')), strict=False):
     probe = summary['probe']
     bits = probe['bits_held'] / probe['records']
+    knob: Sequence[str] = next(iter(summary['knobs']), [])
     points = sorted(
       (8 * arm['kv_cache_bytes_per_token'] / bits, arm['recall']['mean_accuracy'])
       for arm in summary['arms']
-      if arm['latent_dim']
+      if arm['arm'] in knob
     )
     sizes += [x for x, _ in points]
     colour = styles(['mla'])['mla'].colour

@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 import statistics as middle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,11 +60,12 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
 
   `reference` is the arm that differences and the margin are taken against; '' takes the one with
   the largest cache of those without failures (of equals the one with the lowest loss). Raises
-  UserError if nothing is done or the reference is not there. A number that the data does not give
-  is None. The order of the lines plays no part.
+  UserError if nothing is done, the reference is not there, or trials are of unlike texts or tokens.
+  A number that the data does not give is None. The order of the lines plays no part.
   """
   path = folder / 'results.jsonl'
   lines = results.unlike(results.read_lines(path))
+  _of_one_text(path, lines)
   lines.sort(key=lambda line: (line['arm'], line['learning_rate'], line['seed'], line['trial']))
   arms = _arms(widths.by_width(lines))
   if not arms:
@@ -84,7 +85,7 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
   )
   level = looks.level(look)
   sizes = {arm.name: arm.size for arm in arms}
-  spot = _sweet_spot(_means(arms), sizes, base.name, margin, level)
+  spot = _sweet_spot(_means(arms), sizes, base.name, margin, level, _by_seed(arms))
   verdicts = _on_frontier(arms, level)
   equals, pairs = _at_equal_bytes(arms, level)
   steps = _latent_steps(arms, level)
@@ -108,6 +109,7 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
     'failed': [
       {'trial': line['trial'], 'error': line['error']} for line in lines if 'error' in line
     ],
+    'knobs': [[arm.name for arm in family] for family in _knobs(arms)],
     'failed_arms': sorted({line['arm'] for line in lines} - by_name.keys()),
     'arms': [
       {
@@ -122,6 +124,18 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
       for arm in arms
     ],
   }
+
+
+def _of_one_text(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+  for line in lines:
+    other = results.other_text(line, lines)
+    if other is not None:
+      unlike = results.told_apart(line, other) or 'their texts differ'
+      raise UserError(
+        f'{path}: trials {line["trial"]} and {other["trial"]} did not read the same text in the '
+        f'same tokens ({unlike}), and nats a token of the two cannot be compared; move the lines '
+        'of the one kind to a results.jsonl in a folder of its own'
+      )
 
 
 def _arms(lines: Sequence[Mapping[str, Any]]) -> list[Arm]:
@@ -205,7 +219,13 @@ def sweet_spot_at(summary: Mapping[str, Any], margin: float) -> dict[str, Any]:
     if not arm['failed_seeds']
   }
   sizes = {arm['arm']: arm['kv_cache_bytes_per_token'] for arm in arms}
-  return _sweet_spot(whole, sizes, summary['reference'], margin, summary['look_level'])._asdict()
+  of_run: dict[str, dict[str, dict[str, float]]] = {}
+  for arm in arms:
+    if arm['arm'] in whole:
+      of_run.setdefault(arm.get('prefix_of', arm['arm']), {})[arm['arm']] = arm['losses']
+  by_seed = _pairs(of_run.values())
+  level = summary['look_level']
+  return _sweet_spot(whole, sizes, summary['reference'], margin, level, by_seed)._asdict()
 
 
 def _sweet_spot(
@@ -214,16 +234,19 @@ def _sweet_spot(
   reference: str,
   margin: float,
   level: float,
+  by_seed: Mapping[tuple[str, str], stats.Estimate],
 ) -> stats.SweetSpot:
   """Of the arms without failures, `whole`; `sizes` has the reference's too, whole or not."""
   if reference in whole:
-    return stats.sweet_spot(whole, sizes, reference, margin, level)
+    to_it = {arm: d for (arm, other), d in by_seed.items() if other == reference}
+    return stats.sweet_spot(whole, sizes, reference, margin, level, to_it)
   smaller = [arm for arm in whole if sizes[arm] < sizes[reference]]
   return stats.SweetSpot(None, tuple(smaller), dict.fromkeys(smaller), level)
 
 
 def _on_frontier(arms: Sequence[Arm], level: float) -> dict[str, str]:
-  verdicts = stats.on_frontier(_means(arms), {arm.name: arm.size for arm in arms}, level)
+  sizes = {arm.name: arm.size for arm in arms}
+  verdicts = stats.on_frontier(_means(arms), sizes, level, _by_seed(arms))
   for arm in arms:
     if not arm.whole:
       verdicts[arm.name] = 'no'
@@ -257,18 +280,23 @@ def _recalled(arms: Sequence[Arm], level: float) -> dict[str, Any]:
   return recall.by_arm({arm.name: arm.lines for arm in arms}, fair, level)
 
 
-def _latent_steps(arms: Sequence[Arm], level: float) -> dict[str, dict[str, Any]]:
-  """{arm with a latent: the one with the next smaller, and the difference to it}.
-
-  A nested run's widths are steps of its own.
-  """
-  latents = sorted(
-    (arm for arm in arms if arm.latent and arm.whole), key=lambda arm: (arm.latent, arm.size)
-  )
+def _knobs(arms: Sequence[Arm]) -> list[list[Arm]]:
+  """Arms with a latent, by its width: those with a run of their own; then each nested run's."""
+  latents = sorted((arm for arm in arms if arm.latent), key=lambda arm: (arm.latent, arm.size))
   nested = {arm.trained for arm in latents if arm.trained != arm.name}
-  families = [[arm for arm in latents if arm.trained == whole] for whole in sorted(nested)]
-  families.append([arm for arm in latents if arm.trained not in nested])
-  steps = [pair for family in families for pair in itertools.pairwise(family)]
+  families = [[arm for arm in latents if arm.trained not in nested]]
+  families += [[arm for arm in latents if arm.trained == whole] for whole in sorted(nested)]
+  return [family for family in families if family]
+
+
+def _latent_steps(arms: Sequence[Arm], level: float) -> dict[str, dict[str, Any]]:
+  """{arm with a latent: the one with the next smaller, and the difference to it}."""
+  steps = [
+    (smaller, arm)
+    for family in _knobs([arm for arm in arms if arm.whole])
+    for smaller, arm in itertools.pairwise(family)
+    if smaller.lines[0]['latent_dim'] < arm.lines[0]['latent_dim']
+  ]
   return {
     arm.name: {
       'smaller_latent': smaller.name,
@@ -283,6 +311,26 @@ def _means(arms: Sequence[Arm]) -> dict[str, stats.Estimate]:
   return {arm.name: arm.mean for arm in arms if arm.whole}
 
 
+def _by_seed(arms: Sequence[Arm]) -> dict[tuple[str, str], stats.Estimate]:
+  """{(arm, other): arm - other} of the arms without failures that are widths of one nested run."""
+  of_run: dict[str, dict[str, stats.Sample]] = {}
+  for arm in arms:
+    if arm.whole:
+      of_run.setdefault(arm.trained, {})[arm.name] = arm.judged.losses
+  return _pairs(of_run.values())
+
+
+def _pairs(
+  runs: Iterable[Mapping[str, stats.Sample]],
+) -> dict[tuple[str, str], stats.Estimate]:
+  """The difference of every two arms of a run, in both orders, of {arm: {seed: loss}} by run."""
+  return {
+    (arm, other): stats.paired(of_run[arm], of_run[other])
+    for of_run in runs
+    for arm, other in itertools.permutations(of_run, 2)
+  }
+
+
 def _correlation(arms: Sequence[Arm]) -> dict[str, Any] | None:
   independent = [arm for arm in arms if arm.whole and arm.trained == arm.name]
   found = stats.mean_correlation([arm.judged.losses for arm in independent])
@@ -293,8 +341,7 @@ def _difference(arm: Arm, other: Arm) -> stats.Estimate:
   """Of independent samples; of widths of one nested run, whose losses move together, by seed."""
   if arm.trained != other.trained:
     return stats.difference(arm.mean, other.mean)
-  of_arm, of_other = arm.judged.losses, other.judged.losses
-  return stats.estimate([of_arm[seed] - of_other[seed] for seed in of_arm if seed in of_other])
+  return stats.paired(arm.judged.losses, other.judged.losses)
 
 
 def _against(arm: Arm, base: Arm, level: float) -> dict[str, Any] | None:

@@ -69,21 +69,22 @@ def by_arm(arms: Mapping[str, Lines], fair: Set[str], level: float) -> dict[str,
   return found
 
 
-def knee(summary: Mapping[str, Any]) -> float | None:
+def knee(summary: Mapping[str, Any]) -> float:
   """Bytes a token at which the latents are half-way from guessing to all right.
 
-  By straight lines between means over the logarithm of the bytes; None where they do not cross it.
+  By straight lines between means over the logarithm of the bytes. Of latents of separate runs, of a
+  nested run's where there are none such. 0 where all are beyond half, inf where none is.
   """
   half = (1 + summary['probe']['guessing']) / 2
+  arms = {arm['arm']: arm for arm in summary['arms']}
   points = sorted(
-    (math.log(arm['kv_cache_bytes_per_token']), arm['recall']['mean_accuracy'])
-    for arm in summary['arms']
-    if arm['latent_dim']
+    (math.log(arms[name]['kv_cache_bytes_per_token']), arms[name]['recall']['mean_accuracy'])
+    for name in next(iter(summary['knobs']), [])
   )
   for (x, low), (other, high) in itertools.pairwise(points):
     if low < half <= high:
       return math.exp(x + (other - x) * (half - low) / (high - low))
-  return None
+  return 0.0 if points and points[0][1] >= half else math.inf
 
 
 def claim(summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -91,6 +92,9 @@ def claim(summaries: Sequence[Mapping[str, Any]]) -> str:
   told = []
   for summary in summaries:
     probe, size = summary['probe'], knee(summary)
-    where = 'at none of these sizes' if size is None else f'at about {size:.0f} bytes'
+    if 0 < size < math.inf:
+      where = f'at about {size:.0f} bytes'
+    else:
+      where = 'below all of these sizes' if size == 0 else 'at none of these sizes'
     told.append(f'with {probe["bits_held"] / probe["records"]:.3g} bits a record {where}')
   return f'{summaries[0]["probe"]["task"]}: MLA is half-way from guessing {", ".join(told)}'

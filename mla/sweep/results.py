@@ -18,7 +18,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,9 @@ class Results:
     found = [self.find(trial) for trial in trials]
     return [line for line in found if line is not None]
 
-  def other_text(self, line: Mapping[str, Any]) -> str:
-    """The trial, or '', with the line's data.* that was read on another text or tokenizer."""
-    ours = line.get('data_digest')  # older lines have none
-    for other in self._lines.values():
-      if ours and other.get('data_digest', ours) != ours and _data_of(other) == _data_of(line):
-        return other['trial']
-    return ''
+  def other_text(self, line: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The line of a trial that was read on another text or tokenizer than this one, or None."""
+    return other_text(line, self._lines.values())
 
   def settle(self, trials: Sequence[Trial]) -> list[Trial]:
     """The trials by the names that their folders have here: an older order of fields made others.
@@ -183,6 +179,25 @@ def unlike(lines: Sequence[dict[str, Any]] | Any) -> list[dict[str, Any]]:
     if other is None or (other['status'] != 'done' and line['status'] == 'done'):
       found[_key(line)] = line
   return list(found.values())
+
+
+def other_text(
+  line: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]
+) -> Mapping[str, Any] | None:
+  """The first of the lines that is of another text or tokenizer than this one, or None.
+
+  Nats a token of the two can't be compared. Older lines don't tell.
+  """
+  ours = line.get('data_digest')
+  unlike = (other for other in lines if ours and other.get('data_digest', ours) != ours)
+  return next(unlike, None)
+
+
+def told_apart(line: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+  """By which data.* two lines differ; '' where it is the text itself that does."""
+  here, there = _data_of(line), _data_of(other)
+  names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+  return '; '.join(f'{name}={here.get(name)} or {there.get(name)}' for name in names)
 
 
 def _key(line: Mapping[str, Any]) -> tuple[str, str]:

@@ -25,7 +25,15 @@ from mla.errors import Diverged, MachineError, UserError, first_line
 from mla.evaluate import score_widths
 from mla.signals import StopSignal
 from mla.sweep import tuning, widths
-from mla.sweep.results import Results, are_costs, costs_of, read_costs, write_costs
+from mla.sweep.results import (
+  Results,
+  are_costs,
+  costs_of,
+  other_text,
+  read_costs,
+  told_apart,
+  write_costs,
+)
 from mla.sweep.trials import Trial
 from mla.sweep.watch import Watch
 from mla.terminal import clock
@@ -96,9 +104,9 @@ def run_sweep(
     progress = Progress(total, watch.say, folder / 'logs')
 
     def done(trial: Trial, line: dict[str, Any]) -> None:
-      other = results.other_text(line) if line['status'] == 'done' else ''
-      if other:
-        line = failed_line(trial, f'its text or tokenizer is not that of trial {other}')
+      other = results.other_text(line) if line['status'] == 'done' else None
+      if other is not None:
+        line = failed_line(trial, f'its text or tokenizer is not that of trial {other["trial"]}')
       results.add(line)
       watch.ended(trial)
       progress.ended(line)
@@ -124,15 +132,23 @@ def missing(trials: Sequence[Trial], folder: Path) -> list[Trial]:
 
 
 def check_text(lines: Sequence[Mapping[str, Any]], folder: Path) -> None:
-  """UserError if lines of trials.check are of another text than results with the same data.*."""
+  """UserError if lines of trials.check and what is in the folder are not of one text and tokens."""
   results = Results(folder)
   for line in lines:
-    other = results.other_text(line)
-    if other:
+    other = other_text(line, lines) or results.other_text(line)
+    if other is None:
+      continue
+    unlike = told_apart(line, other)
+    if unlike:
       raise UserError(
-        f'trial {line["trial"]}: the text or the tokenizer is not what {folder} holds the result '
-        f'of trial {other} for; put that back, or use another --workdir'
+        f'{unlike}: trials {line["trial"]} and {other["trial"]} would not read the same text in '
+        'the same tokens, and nats a token of the two cannot be compared; give each a sweep, and '
+        'a --workdir, of its own'
       )
+    raise UserError(
+      f'trial {line["trial"]}: the text or the tokenizer is not what {folder} holds the result '
+      f'of trial {other["trial"]} for; put that back, or use another --workdir'
+    )
 
 
 def _tuning_stage(trials: Sequence[Trial], results: Results) -> list[Trial]:

@@ -6,7 +6,8 @@ degrees of freedom (Biometrics Bulletin 2, 1946). They are not paired by seed: w
 shapes have no luck in common, and over the 78 pairs of results/frontier the mean correlation is
 0.01. Pairing would give away half of the degrees of freedom for it, and let one pair that agrees by
 chance (0.99 over six seeds) pass for certain. `mean_correlation` keeps watch; were arms to go up
-and down together, the intervals here would be too wide, not too narrow.
+and down together, the intervals here would be too wide, not too narrow. Widths of one nested run
+are the exception: they have all luck in common, and are compared seed by seed (`paired`).
 
 A `level` is the chance of error that may be spent. Statements about several arms share it in equal
 parts (Bonferroni; Dunn, JASA 56, 1961), so that all of them hold at once: *simultaneous*.
@@ -15,12 +16,13 @@ parts (Bonferroni; Dunn, JASA 56, 1961), so that all of them hold at once: *simu
 import bisect
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import special
 
-Sample = Mapping[int, float]  # {seed: loss}
+Sample = Mapping[Any, float]  # {seed: loss}; JSON has made strings of the seeds
 
 LEVEL = 0.05  # of an interval that stands by itself
 MOST_SEEDS = 1000  # beyond which "more seeds" is no advice
@@ -68,6 +70,11 @@ def difference(a: Estimate, b: Estimate) -> Estimate:
   return Estimate(a.mean - b.mean, float(error), float(freedom))
 
 
+def paired(a: Sample, b: Sample) -> Estimate:
+  """a - b over the seeds that both have, of arms that are read from the same runs."""
+  return estimate([a[seed] - b[seed] for seed in a if seed in b])
+
+
 def _welch(error_a, freedom_a, error_b, freedom_b) -> tuple[np.ndarray, np.ndarray]:
   """Standard error and degrees of freedom of differences; numbers, or arrays that broadcast.
 
@@ -99,20 +106,24 @@ def mean_correlation(samples: Sequence[Sample]) -> tuple[float, int, int] | None
   return float(np.mean(pairs)), len(pairs), len(shared)
 
 
-def seeds_needed(a: Estimate, b: Estimate, margin: float, level: float) -> int | None:
+def seeds_needed(
+  a: Estimate, b: Estimate, margin: float, level: float, by_seed: Estimate | None = None
+) -> int | None:
   """Seeds of each arm that would tell on which side of the margin a - b lies, if nothing moved.
 
   That is, at which the one-sided bound at `level` passes it while means and standard deviations
-  stay. None if a standard deviation is unknown, or above MOST_SEEDS.
+  stay. `by_seed` is a - b where that is paired. None if a standard deviation is unknown, or above
+  MOST_SEEDS.
   """
-  if not math.isfinite(difference(a, b).error):
+  if not math.isfinite((by_seed or difference(a, b)).error):
     return None
 
   def with_seeds(e: Estimate, n: int) -> Estimate:
     return Estimate(e.mean, e.error * math.sqrt((e.freedom + 1) / n), float(n - 1))
 
   def tells(n: int) -> bool:
-    d = difference(with_seeds(a, n), with_seeds(b, n))
+    independent = difference(with_seeds(a, n), with_seeds(b, n))
+    d = with_seeds(by_seed, n) if by_seed else independent
     return d.upper(level) - d.mean <= abs(margin - d.mean)
 
   return _first(tells)
@@ -138,9 +149,14 @@ def _first(holds) -> int | None:
 
 
 def on_frontier(
-  arms: Mapping[str, Estimate], sizes: Mapping[str, float], level: float
+  arms: Mapping[str, Estimate],
+  sizes: Mapping[str, float],
+  level: float,
+  by_seed: Mapping[tuple[str, str], Estimate] = MappingProxyType({}),
 ) -> dict[str, str]:
   """'yes', 'no' or 'uncertain' for each arm: does no other with as few bytes have a lower loss?
+
+  `by_seed` has arm - other of each (arm, other) that is paired, in one of the two orders.
 
   Every arm with rivals gets an equal part of `level`, so that no verdict is wrong with more than
   that chance. 'yes' says that the arm is better than each rival: each is tested at the whole part,
@@ -154,9 +170,14 @@ def on_frontier(
   part = level / max(1, int(np.any(rivals, axis=1).sum()))
   part_of_rival = part / np.maximum(1, rivals.sum(axis=1))[:, None]
   errors, freedoms = _welch(error[:, None], freedom[:, None], error[None, :], freedom[None, :])
+  apart = mean[:, None] - mean[None, :]
+  place = {arm: number for number, arm in enumerate(arms)}
+  for (arm, other), d in by_seed.items():
+    for i, j, sign in ((place[arm], place[other], 1), (place[other], place[arm], -1)):
+      apart[i, j], errors[i, j], freedoms[i, j] = sign * d.mean, d.error, d.freedom
   known = freedoms > 0
   with np.errstate(invalid='ignore', divide='ignore'):
-    t = np.nan_to_num((mean[:, None] - mean[None, :]) / errors, posinf=np.inf, neginf=-np.inf)
+    t = np.nan_to_num(apart / errors, posinf=np.inf, neginf=-np.inf)
   chance = np.where(known, special.stdtr(np.where(known, freedoms, 1), t), 1)  # [i, j]: i below j
   better = np.all(~rivals | (chance <= part), axis=1)
   reverse = chance.T  # [i, j]: j below i
@@ -178,8 +199,11 @@ def sweet_spot(
   reference: str,
   margin: float,
   level: float,
+  by_seed: Mapping[str, Estimate] = MappingProxyType({}),
 ) -> SweetSpot:
   """The smallest cache whose loss is shown to be within `margin` nats of the reference's.
+
+  `by_seed` has arm - reference of each arm for which that is paired.
 
   Within: the one-sided upper bound of the difference is at most the margin; not within: the lower
   bound is above it; else undecided, if the cache is smaller than the sweet spot's. The arms smaller
@@ -191,7 +215,7 @@ def sweet_spot(
   """
   smaller = [arm for arm in arms if sizes[arm] < sizes[reference]]
   part = level / max(1, len(smaller))
-  differences = {arm: difference(arms[arm], arms[reference]) for arm in smaller}
+  differences = {arm: by_seed.get(arm) or difference(arms[arm], arms[reference]) for arm in smaller}
   inside = [arm for arm, d in differences.items() if d.upper(part) <= margin]
   # Of equal bytes the best; the reference only if nothing is smaller.
   spot = min(inside or [reference], key=lambda arm: (sizes[arm], arms[arm].mean, arm))
@@ -203,6 +227,9 @@ def sweet_spot(
     ),
     key=lambda arm: (sizes[arm], arm),
   )
-  needed = {arm: seeds_needed(arms[arm], arms[reference], margin, part) for arm in undecided}
+  needed = {
+    arm: seeds_needed(arms[arm], arms[reference], margin, part, by_seed.get(arm))
+    for arm in undecided
+  }
   found = None if spot == reference and undecided else spot
   return SweetSpot(found, tuple(undecided), needed, part)

@@ -37,8 +37,11 @@ def by_width(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     whole = {key: value for key, value in line.items() if key != 'prefixes'}
     found.append(whole)
     failed = [{'latent_dim': width} for width in widths.get(line['arm_digest'], [])]
-    for prefix in line.get('prefixes', failed):
+    # What a prefix does not tell it has not: the whole's figures are of the whole.
+    shared = {key: value for key, value in whole.items() if key not in (*FIGURES, *OF_SOME)}
+    prefixes = failed if line['status'] == 'failed' else line.get('prefixes', [])
+    for prefix in prefixes:
       width = prefix['latent_dim']
       names = {key: name(line[key], width) for key in ('trial', 'arm')}
-      found.append({**whole, **prefix, **names, 'prefix_of': line['arm']})
+      found.append({**shared, **prefix, **names, 'prefix_of': line['arm']})
   return found

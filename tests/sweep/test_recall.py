@@ -72,6 +72,7 @@ def summary(bits_factor: int = 1) -> dict:
   assert probe is not None
   return {
     'probe': {**probe, 'bits_held': probe['bits_held'] * bits_factor},
+    'knobs': [['c4', 'c28']],
     'arms': [
       {
         'arm': arm,
@@ -89,7 +90,25 @@ def test_the_knee_is_half_way_from_guessing():
   size = recall.knee(summary())
   share = (0.5 + 0.5 / 16 - 0.25) / (299 / 300 - 0.25)
   assert size == pytest.approx(32 * 4**share, rel=0.01)
-  assert recall.knee({**summary(), 'arms': summary()['arms'][:2]}) is None
+  assert 'at about 54 bytes' in recall.claim([summary()])
+
+
+@pytest.mark.parametrize(
+  'arm, told', [('c4', 'at none of these sizes'), ('c28', 'below all of these sizes')]
+)
+def test_where_all_are_on_one_side_the_claim_says_on_which(arm, told):
+  assert told in recall.claim([{**summary(), 'knobs': [[arm]]}])
+
+
+def test_the_knee_is_of_one_knob():
+  """A nested run's widths and separate runs of other widths are no points of one line."""
+  found = summary()
+  others = [{**arm, 'arm': f'n@{arm["arm"]}'} for arm in found['arms'] if arm['latent_dim']]
+  for arm, size in zip(others, (30.0, 34.0), strict=True):
+    arm['kv_cache_bytes_per_token'] = size
+  both = {**found, 'arms': [*found['arms'], *others]}
+  both['knobs'] = [*found['knobs'], [arm['arm'] for arm in others]]
+  assert recall.knee(both) == recall.knee(found)
 
 
 @pytest.mark.parametrize('draw', [plots.recall, plots.knees])

@@ -79,6 +79,36 @@ def test_the_same_trials_in_other_words_are_done(again, tmp_path):
   assert {arm['arm'] for arm in frontier.summarise(tmp_path)['arms']} == arms
 
 
+def test_trials_of_unlike_tokens_are_refused_before_they_train(tmp_path):
+  """A token of four bytes costs more nats than one of one: no cache has anything to do with it."""
+  text = tmp_path / 'text.txt'
+  text.write_text(
+    'some words of a text, and some more of them, with quite different letters\n' * 200
+  )
+  todo = [
+    *expand('seed=0', **{'data.files': str(text)}),
+    *expand('seed=1', **{'data.files': str(text), 'data.tokenizer': 'bpe:300'}),
+  ]
+  lines = trials.check(todo, tmp_path / 'new', on_these_devices=False)
+  with pytest.raises(UserError, match='nats a token') as error:
+    sweep.check_text(lines, tmp_path / 'new')
+  assert 'data.tokenizer=' in str(error.value) and 'bpe:300' in str(error.value)
+  # One kind is done already.
+  folder = make_folder(tmp_path / 'sweep')
+  sweep.Results(folder).add({**without_costs(todo[0]), 'data_digest': lines[0]['data_digest']})
+  with pytest.raises(UserError, match='nats a token'):
+    sweep.check_text(lines[1:], folder)
+
+
+def test_no_report_is_made_of_trials_of_unlike_tokens(tmp_path):
+  """Such as an older version let stand beside each other."""
+  todo, kept = expand('latent_dim=4,8'), sweep.Results(make_folder(tmp_path / 'sweep'))
+  for trial, digest in zip(todo, ('0a', '0b'), strict=True):
+    kept.add({**without_costs(trial), 'data_digest': digest})
+  with pytest.raises(UserError, match='nats a token'):
+    frontier.summarise(tmp_path / 'sweep')
+
+
 def in_the_order_of_the_flags(folder: Path) -> None:
   """Names as older versions gave them."""
   path = folder / 'results.jsonl'

@@ -183,6 +183,40 @@ def test_no_sweet_spot_is_not_the_same_as_unknown():
   assert unknown.arm is None and unknown.undecided == ('vague',)
 
 
+def together(noise, more) -> tuple[stats.Estimate, stats.Estimate, stats.Estimate]:
+  """Two arms that go up and down together, one behind by `more`; and their difference by seed."""
+  ahead = dict(enumerate(noise))
+  behind = {seed: loss + gap for (seed, loss), gap in zip(ahead.items(), more, strict=True)}
+  return arm(*ahead.values()), arm(*behind.values()), stats.paired(behind, ahead)
+
+
+def test_a_difference_by_seed_is_scipys_of_one_sample():
+  more = (0.1, 0.101, 0.103)
+  *_, d = together((1.0, 1.2, 1.35), more)
+  interval = scipy_stats.ttest_1samp(more, 0).confidence_interval(0.95)
+  assert [d.mean - d.half_width(), d.mean + d.half_width()] == pytest.approx(list(interval))
+
+
+def test_verdicts_take_what_is_paired_by_seed():
+  ahead, behind, d = together((1.0, 1.2, 1.35), (0.1, 0.101, 0.103))
+  arms, sizes = {'ahead': ahead, 'behind': behind}, {'ahead': 1.0, 'behind': 2.0}
+  assert stats.on_frontier(arms, sizes, LEVEL)['behind'] == 'uncertain'
+  assert stats.on_frontier(arms, sizes, LEVEL, {('behind', 'ahead'): d})['behind'] == 'no'
+  reverse = d._replace(mean=-d.mean)
+  assert stats.on_frontier(arms, sizes, LEVEL, {('ahead', 'behind'): reverse})['behind'] == 'no'
+  smaller = {'ahead': 2.0, 'behind': 1.0}
+  assert stats.sweet_spot(arms, smaller, 'ahead', 0.11, LEVEL).undecided == ('behind',)
+  assert stats.sweet_spot(arms, smaller, 'ahead', 0.11, LEVEL, {'behind': d}).arm == 'behind'
+  undecided = stats.sweet_spot(arms, smaller, 'ahead', 0.1015, LEVEL, {'behind': d})
+  needed = undecided.seeds_in_all['behind']
+  sd = np.std((0.1, 0.101, 0.103), ddof=1)
+
+  def bound(n: int) -> float:
+    return scipy_stats.t.isf(LEVEL, n - 1) * sd / np.sqrt(n)
+
+  assert bound(needed) <= 0.1015 - d.mean < bound(needed - 1)
+
+
 def test_the_frontier():
   verdicts = stats.on_frontier(ARMS, SIZES, LEVEL)
   assert verdicts == {'large': 'uncertain', 'good': 'uncertain', 'vague': 'yes', 'bad': 'yes'}

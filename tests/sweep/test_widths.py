@@ -70,6 +70,30 @@ def test_widths_of_one_run_are_compared_seed_by_seed(tmp_path):
   assert summary['correlation']['pairs'] == 1  # of what was trained, not of its widths
 
 
+def test_verdicts_take_widths_of_one_run_seed_by_seed(tmp_path):
+  lines = [nested(0, 1.0), nested(1, 1.2), nested(2, 1.35)]
+  for line, more in zip(lines, (0.1, 0.101, 0.103), strict=True):
+    line['prefixes'][0]['loss'] = line['loss'] - more  # the prefix is the better one
+  summary = summarise(tmp_path, lines, reference='nested', margin=0.0)
+  verdicts = {arm['arm']: arm['on_frontier'] for arm in summary['arms']}
+  assert verdicts['nested'] == 'no' and verdicts['nested@4'] == 'yes'
+  assert summary['sweet_spot']['arm'] == 'nested@4'
+  assert frontier.sweet_spot_at(summary, 0.0) == summary['sweet_spot']
+
+
+def test_a_prefix_has_not_what_it_does_not_tell(tmp_path):
+  """The whole's accuracy is not its prefix's; of an older line nothing may be made up."""
+  line = {**nested(0, 1.0), 'accuracy': 0.9, 'bits_per_byte': None}
+  for prefix in line['prefixes']:
+    del prefix['bits_per_byte']
+  _, *prefixes = widths.by_width([line])
+  assert prefixes and all('accuracy' not in prefix for prefix in prefixes)
+  failed = {**line, 'status': 'failed', 'error': 'no memory', 'loss': None, 'accuracy': None}
+  _, *prefixes = widths.by_width([failed])
+  assert [prefix['status'] for prefix in prefixes] == ['failed', 'failed']
+  assert not any(name in prefix for prefix in prefixes for name in widths.FIGURES[1:])
+
+
 def test_a_prefix_is_shown_with_its_runs(tmp_path):
   lines = [nested(0, 1.0), nested(1, 1.02)]
   shown = contents(tmp_path, summarise(tmp_path, lines), lines, {})
