@@ -35,7 +35,9 @@ MULTIHOST = flags.DEFINE_bool('multihost', False, 'read as one of several proces
 COORDINATOR = flags.DEFINE_string('coordinator', None, 'with --multihost: HOST:PORT of process 0')
 PROCESS_ID = flags.DEFINE_integer('process_id', None, 'with --multihost: which of them this is')
 NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'with --multihost: how many there are')
-PLOT = flags.DEFINE_string('plot', None, 'draw perplexity against bytes per token here (.png)')
+PLOT = flags.DEFINE_string(
+  'plot', None, 'draw perplexity (of probes, accuracy) against bytes per token here (.png)'
+)
 
 if __name__ == '__main__':
   cli.begin(say='loading JAX')

@@ -169,6 +169,10 @@ RUN_SETS = {
     for i in range(12)
   ],
   'one without measure': [run('mqa', 256.0, 90.0), *RUNS],
+  'a probe': [
+    run(name, size, 3.0, accuracy=share, accuracy_ci95=[share - 0.01, min(1, share + 0.01)])
+    for name, size, share in (('mha', 64.0, 1.0), ('mqa', 16.0, 0.53), ('gqa', 32.0, 0.98))
+  ],
 }
 
 
@@ -364,6 +368,15 @@ def test_an_interval_that_is_cut_off_ends_in_arrows():
 def test_evals_title_is_the_arithmetic_of_its_runs():
   title = drawn(plots.perplexity, [run('mha', 64.0, 3.0), run('mqa', 16.0, 3.06)]).get_suptitle()
   assert title == "MQA keeps 1/4 of MHA's cache at +2.0 % perplexity"
+
+
+def test_of_probes_evals_picture_shows_accuracy():
+  figure = drawn(plots.perplexity, RUN_SETS['a probe'])
+  assert figure.get_suptitle() == 'Accuracy through bfloat16 cache'
+  low, high = figure.axes[0].get_ylim()
+  assert low < 0.53 and 1.0 < high < 1.2
+  mixed = [*RUN_SETS['a probe'], run('mla', 8.0, 3.1)]  # of text
+  assert 'Accuracy' not in drawn(plots.perplexity, mixed).get_suptitle()
 
 
 def test_an_outlier_does_not_squash_the_crowd():

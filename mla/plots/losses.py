@@ -176,12 +176,14 @@ def equal_bytes(figure: Figure, summary: Mapping[str, Any]) -> None:
 def perplexity(figure: Figure, runs: Sequence[Mapping[str, Any]]) -> None:
   """eval.py's runs: perplexity against cache bytes per token, with the interval over windows.
 
-  Runs of equal bytes stand side by side; a run of too few windows has no interval.
+  Accuracy where all of them are of probes. Runs of equal bytes stand side by side; a run of too few
+  windows has no interval.
   """
+  figure_of = 'accuracy' if all('accuracy' in run for run in runs) else 'perplexity'
   sizes, points = [run['kv_cache_bytes_per_token'] for run in runs], []
   for run in runs:
-    middle = run['perplexity']
-    low, high = run['perplexity_ci95'] or (middle, middle)
+    middle = run[figure_of]
+    low, high = run[f'{figure_of}_ci95'] or (middle, middle)
     # Where all windows are alike, rounding may put the interval beside its middle.
     points.append(Point(middle, min(low, middle), max(high, middle), ()))
   limits = panels.log_limits(sizes)
@@ -191,15 +193,19 @@ def perplexity(figure: Figure, runs: Sequence[Mapping[str, Any]]) -> None:
   rows = panels.make(figure, points)
   dtypes = sorted({run['cache_dtype'] for run in runs})
   through = f'{" and ".join(dtypes)} cache' + ('s' if len(dtypes) > 1 else '')
-  bars = 'Bars: two-sided 95 % over windows of the text, not over seeds.'
-  bars = bars if any(run['perplexity_ci95'] for run in runs) else 'Too few windows for an interval.'
-  title = _least(sizes, points, told) or f'Perplexity through {through}'
+  bars = 'Bars: two-sided 95 % over windows, not over seeds.'
+  bars = (
+    bars if any(run[f'{figure_of}_ci95'] for run in runs) else 'Too few windows for an interval.'
+  )
+  told_of = {'accuracy': 'share of answers that are right', 'perplexity': 'perplexity per token'}
+  least = _least(sizes, points, told) if figure_of == 'perplexity' else ''
+  title = least or f'{figure_of.capitalize()} through {through}'
   labels.headline(figure, title, f'One run each, {through}. {bars}')
   for run, x, point in zip(runs, places, points, strict=True):
     panels.draw(rows, x, point, family[run['attention']])
   for axes in rows:
     panels.log_axis(axes, limits)
-  panels.axis_labels(figure, rows, f'{BYTES} (log scale)', 'perplexity per token')
+  panels.axis_labels(figure, rows, f'{BYTES} (log scale)', told_of[figure_of])
   labels.legend(figure, [panels.key(look) for look in family.values()], columns=6)
   labels.settle(figure)
   panels.log_ticks(rows[-1], sizes, [max(sizes), min(sizes)])
