@@ -46,7 +46,9 @@ class Written(NamedTuple):
 
   tokens: int  # of all rows
   first_seconds: float  # until the first was there, compilation included
-  rest_seconds: float  # for those after each row's second, before which there was compilation
+  rest_seconds: float  # for the steps after the second, before which there was compilation
+  rest_steps: int
+  rest_tokens: int  # of those steps; rows that have ended give none
   rows: int
   steps: int
   cache_bytes: int
@@ -118,7 +120,7 @@ def write(
   sizes = cache.nbytes(), cache.bytes_per_token()
   decoders = [codecs.getincrementaldecoder('utf-8')(errors='replace') for _ in prompts]
   open_rows = set(range(len(prompts)))
-  done, times = 0, []
+  done, rest_tokens, times = 0, 0, []
   key = jax.random.key(seed, impl=model_lib.PRNG)
   drawn = stream(
     run.model, cache, tokens, lengths, key,
@@ -132,13 +134,16 @@ def write(
         open_rows.remove(row)
         continue
       done += 1
+      rest_tokens += len(times) > 2
       say(row, decoders[row].decode(run.tokenizer.raw(newest[row : row + 1])))
     if not open_rows:
       break
   for row, decoder in enumerate(decoders):
     say(row, decoder.decode(b'', final=True))
-  rest = times[-1] - times[1] if len(times) > 2 else 0.0
-  return Written(done, times[0] - began, rest, len(prompts), steps, *sizes)
+  rest_seconds = times[-1] - times[1] if len(times) > 2 else 0.0
+  return Written(
+    done, times[0] - began, rest_seconds, len(times[2:]), rest_tokens, len(prompts), steps, *sizes
+  )
 
 
 def stream(
@@ -183,10 +188,9 @@ def _next(model, cache, token, key, *, temperature: float, top_p: float):
 
 def card(run: Run, written: Written, cache_dtype: str) -> str:
   """What it took, on two lines."""
-  rest = written.tokens - 2 * written.rows
-  speed = '' if rest <= 0 or not written.rest_seconds else (
-    f'{1e3 * written.rest_seconds * written.rows / rest:.2f} ms a token, '
-    f'{rest / written.rest_seconds:,.0f} tokens a second; '
+  speed = '' if not written.rest_seconds else (
+    f'{1e3 * written.rest_seconds / written.rest_steps:.2f} ms a token, '
+    f'{written.rest_tokens / written.rest_seconds:,.0f} tokens a second; '
   )  # fmt: skip
   rows = '' if written.rows == 1 else f' in {written.rows} rows'
   return (

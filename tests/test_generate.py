@@ -62,6 +62,16 @@ def test_a_row_ends_where_another_document_begins(monkeypatch):
   assert took.tokens == 3
 
 
+def test_a_tokens_time_is_a_steps_where_rows_end_early(monkeypatch):
+  """Four steps after the second, of 10 ms each, the other row long at its end."""
+  clock = iter(0.01 * tick for tick in range(100))
+  monkeypatch.setattr(generate.time, 'monotonic', lambda: next(clock))
+  bos = ByteTokenizer.bos
+  _, took = written(monkeypatch, [[104] * 6, [104, bos, 1, 1, 1, 1]])
+  card = generate.card(generate.Run(None, None, None, 1), took, 'bfloat16')
+  assert '10.00 ms a token, 100 tokens a second' in card
+
+
 def test_a_seed_draws_the_same_whatever_jax_draws_with(monkeypatch):
   keys = []
   run = generate.Run(tiny_config(), ByteTokenizer(), model_lib.make_model(tiny_config(), 257), 1)
