@@ -227,6 +227,24 @@ def test_cached_values_of_several_parts_come_side_by_side(impl, quantised):
   np.testing.assert_allclose(got, np.concatenate(expected, -1), atol=1e-5)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_latent_in_blocks_is_read_as_a_whole_one(impl, dtype):
+  """Keys and values are the same blocks, with a rotary key beside them, as nested MLA has it."""
+  q, _, _, _ = inputs(3, 6, 1, slots=20)
+  rng = np.random.default_rng(5)
+  latent, turned = (jnp.asarray(rng.normal(size=(2, 1, 20, d)), dtype) for d in (12, 4))
+  queries = [jnp.asarray(rng.normal(size=(*q.shape[:3], d)), jnp.float32) for d in (12, 4)]
+  positions = jnp.array([[4, 5, 6], [15, 16, 17]])
+  whole, rope = Stored(latent, None), Stored(turned, None)
+  expected = backends.cached_attention(
+    queries, [whole, rope], [whole], positions, scale=0.3, impl=impl
+  )
+  blocks = [Stored(part, None) for part in jnp.split(latent, [4, 7], axis=-1)]
+  parts = [*jnp.split(queries[0], [4, 7], axis=-1), queries[1]]
+  got = backends.cached_attention(parts, [*blocks, rope], blocks, positions, scale=0.3, impl=impl)
+  np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
 def test_memory_of_the_gradient_is_linear_in_length(impl):
   def peak(length):
     shape = jax.ShapeDtypeStruct((1, length, 4, 32), jnp.float32)

@@ -134,12 +134,16 @@ def cached(
   scale: float,
   starts: Int[Array, 'B T'] | None = None,
 ) -> Array | NotImplementedType:
-  """blockwise.cached of queries up to 32 bits and values in one part.
+  """blockwise.cached of queries up to 32 bits; of values in several parts only without scales.
 
-  Slots beyond a row's last position are not read.
+  Slots beyond a row's last position are not read, but where parts of values are joined first.
   """
-  if queries[0].dtype.itemsize > 4 or len(values) > 1:
+  if queries[0].dtype.itemsize > 4:
     return NotImplemented
+  if len(values) > 1:
+    if any(value.scale is not None for value in values):
+      return NotImplemented
+    queries, keys, values = _joined(queries, keys, values)
 
   def local(*arrays):
     stored = arrays[len(queries) : last]
@@ -161,6 +165,21 @@ def cached(
   groups = values[0].values.shape[1]
   (out,) = per_device(local, (*arrays, *seen), axes, ['BTH_'], groups)
   return out.astype(queries[0].dtype)
+
+
+def _joined(
+  queries: Sequence[Array], keys: Sequence[Stored], values: Sequence[Stored]
+) -> tuple[list[Array], list[Stored], list[Stored]]:
+  """The values as one part, of which the kernel has one only; the keys that are values are it too.
+
+  A copy of the cache at every call, which costs less than what XLA's operations do more.
+  """
+  whole = Stored(jnp.concatenate([value.values for value in values], axis=-1), None)
+  parts = len(values)
+  if [*map(id, keys[:parts])] != [*map(id, values)]:
+    return list(queries), list(keys), [whole]
+  query = jnp.concatenate(queries[:parts], axis=-1)
+  return [query, *queries[parts:]], [whole, *keys[parts:]], [whole]
 
 
 def append(
