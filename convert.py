@@ -23,7 +23,9 @@ HF = flags.DEFINE_string('hf', None, 'import: a folder with config.json and safe
 GGUF = flags.DEFINE_string('gguf', None, 'import: a GGUF file in the layout of Llama')
 OUT = flags.DEFINE_string('out', None, 'export, compress: the folder to make')
 FORMAT = flags.DEFINE_string('format', 'auto', 'export: auto, llama, deepseek_v2, deepseek_v3')
-LATENT = flags.DEFINE_integer('latent_dim', None, "compress: C, the latent's width")
+LATENT = flags.DEFINE_integer(
+  'latent_dim', None, "compress: C, the latent's width; export: the width a nested one is cut to"
+)
 ROPE = flags.DEFINE_integer('rope_dim', None, 'compress: R, dims that still turn; all if not given')
 METHOD = flags.DEFINE_string('method', 'whitened', 'compress: svd, whitened, two_sided')
 
@@ -61,7 +63,7 @@ def import_() -> None:
 
 def export() -> None:
   workdir, out = _workdir(), _out()
-  kind = exporting.export(workdir, out, FORMAT.value)
+  kind = exporting.export(workdir, out, FORMAT.value, LATENT.value)
   print(f'{out}: {kind}; transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})')
 
 

@@ -14,10 +14,11 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from mla.workdir import difference, read_config
 
 IMPORTED = 'imported'  # what stands for the text of a run whose weights came from elsewhere
 SAVED = '.saved'  # a file that says that the run once had a checkpoint
+AT_A_TIME = 2**25  # bytes of arrays that are under way, or one larger array
 UNFINISHED = '.orbax-checkpoint-tmp'
 TIMEOUT = 600  # seconds that processes wait for each other's part of a checkpoint
 
@@ -105,11 +107,12 @@ class Checkpoints:
           # Waiting for a folder that could not be made would last until the timeout.
           create_directories_asynchronously=False,
         )
+        # Who writes while nothing else goes on holds the arrays once, and a few more in passing.
+        few = {} if training is not None else {'params': _one_by_one(flatten(params))}
         handler = ocp.CompositeCheckpointHandler(
-          'params',
-          'training',
-          'run',
+          *(name for name in ('params', 'training', 'run') if name not in few),
           composite_options=ocp.CompositeOptions(async_options=options),
+          **few,
         )
         self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
       self._writing = step
@@ -367,7 +370,7 @@ class Checkpoints:
     try:
       # No Checkpointer, in which every process would wait for one that failed.
       args = ocp.args.StandardRestore(flatten(abstract))
-      flat = ocp.StandardCheckpointHandler().restore(folder / part, args=args)
+      flat = _one_by_one(flatten(abstract)).restore(folder / part, args=args)
     except Exception as error:
       refused = files.refusal(error)
       if refused is not None:
@@ -425,6 +428,14 @@ class Checkpoints:
     every = read_config(self._workdir).get('checkpoint_every')
     steps = [line['step'] for line in metrics.read(path)]
     return isinstance(every, int) and max(steps, default=0) > 2 * every
+
+
+def _one_by_one(arrays: Mapping[str, Any]) -> ocp.StandardCheckpointHandler:
+  """Writes or reads no more at a time than the largest array, or many that are small: without a
+  bound, as much again as the arrays take is held while they are under way."""
+  largest = max(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())
+  bound = (max(largest, AT_A_TIME) + 2**20) / 10**9  # what is asked for has to be less
+  return ocp.StandardCheckpointHandler(save_concurrent_gb=bound, restore_concurrent_gb=bound)
 
 
 def _is_step(name: str) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from mla import config as config_lib
@@ -282,8 +283,12 @@ def _refuse_what_they_lack(config: ConfigDict, kind: str, values: int) -> None:
 
   if kind != 'llama' and not config.latent_norm:
     refuse('latent_norm', "DeepSeek's models norm their latents")
-  if len(nested.widths_of(config)) > 1:
-    refuse('nested', 'each block of its latent has a norm of its own')
+  least, *wider = nested.widths_of(config) or (0,)
+  if wider:
+    why = (
+      f'each block of its latent has a norm of its own, and only the first, --latent_dim={least}'
+    )
+    raise UserError(f'nested={config.nested}: {why}, can be exported as {kind}')
   if kind == 'llama':
     if values != config.head_dim:
       refuse('value_head_dim', "a Llama's values are as wide as its keys")
@@ -335,8 +340,8 @@ def gguf_keys(
     'num_key_value_heads': fields.get('llama.attention.head_count_kv', heads),
     'head_dim': fields.get('llama.attention.key_length'),
     'max_position_embeddings': fields.get('llama.context_length'),
-    'rms_norm_eps': fields.get('llama.attention.layer_norm_rms_epsilon'),
-    'rope_theta': fields.get('llama.rope.freq_base', 10_000.0),
+    'rms_norm_eps': _shortest(fields.get('llama.attention.layer_norm_rms_epsilon')),
+    'rope_theta': _shortest(fields.get('llama.rope.freq_base', 10_000.0)),
     'tie_word_embeddings': 'output.weight' not in shapes,
     'bos_token_id': fields.get('tokenizer.ggml.bos_token_id'),
   }
@@ -345,3 +350,8 @@ def gguf_keys(
   if turned not in (None, whole):
     raise UserError(f"{path}: llama.rope.dimension_count={turned}: a Llama's heads turn whole")
   return keys
+
+
+def _shortest(value: Any) -> Any:
+  """A float32 as its publisher wrote it, 1e-05 for 9.999999747378752e-06."""
+  return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -1,5 +1,6 @@
 """A run in the layout of transformers: config, weights, generation settings and tokenizer."""
 
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -17,13 +18,16 @@ from mla.errors import UserError
 SHARD = 5 * 10**9  # bytes of one file, as transformers splits them
 
 
-def export(workdir: Path, out: Path, kind: str, shard: int = SHARD) -> str:
+def export(
+  workdir: Path, out: Path, kind: str, latent_dim: int | None = None, shard: int = SHARD
+) -> str:
   """Writes the newest checkpoint of the run at `workdir` to the new folder `out`; returns the kind.
 
-  kind is one of configs.FORMATS[config.attention], or 'auto' for the first. Weights are float32, as
-  ours are. UserError that names the field the format has no word for; then nothing is written.
+  kind is one of configs.FORMATS[config.attention], or 'auto' for the first. A nested latent is cut
+  to latent_dim first. Weights are float32, as ours are. UserError that names the field the format
+  has no word for; then nothing is written.
   """
-  run = generate.load(workdir)
+  run = generate.load(workdir, latent_dim)
   config = run.config
   able = configs.FORMATS.get(config.attention, ())
   if not able:
@@ -44,7 +48,9 @@ def export(workdir: Path, out: Path, kind: str, shard: int = SHARD) -> str:
     for name, text in vocabulary.to_files(tokenizer).items():
       files.write_whole(draft / name, text)
     tensors = layouts.tensors(config, tokenizer.vocab_size, interleaved=kind != 'llama')
-    _write(draft, list(tensors), _only_tokens(model), shard)
+    params = _only_tokens(model)
+    del run, model  # of whose arrays none is to stay beyond its last tensor
+    _write(draft, list(tensors), params, shard)
   return kind
 
 
@@ -58,7 +64,10 @@ def _only_tokens(model: model_lib.Decoder) -> dict[str, jax.Array]:
 
 
 def _write(folder: Path, tensors: list[layouts.Tensor], params: dict, shard: int) -> None:
-  """The weights, one file after another; more than one come with an index of them."""
+  """The weights, one file after another; more than one come with an index of them.
+
+  `params` is used up: a stack of layers' weights goes with the last tensor that is taken from it.
+  """
   groups: list[list[layouts.Tensor]] = [[]]
   size = 0
   for tensor in tensors:
@@ -69,11 +78,19 @@ def _write(folder: Path, tensors: list[layouts.Tensor], params: dict, shard: int
     groups[-1].append(tensor)
     size += nbytes
   save = library('safetensors.numpy').save_file
+  uses = Counter(path for tensor in tensors for path in tensor.ours)
   table = {}
   for number, group in enumerate(groups, 1):
     single = len(groups) == 1
     name = 'model.safetensors' if single else f'model-{number:05}-of-{len(groups):05}.safetensors'
-    save({t.name: _packed(t, params) for t in group}, folder / name, {'format': 'pt'})
+    packed = {}
+    for tensor in sorted(group, key=lambda tensor: tensor.ours):  # a stack after another
+      packed[tensor.name] = _packed(tensor, params)
+      uses.subtract(tensor.ours)
+      for path in tensor.ours:
+        if not uses[path]:
+          del params[f'{path}/value']
+    save(packed, folder / name, {'format': 'pt'})
     (folder / name).chmod(0o644)  # as the others; the library lets its owner alone read it
     table.update({tensor.name: name for tensor in group})
   if len(groups) > 1:

@@ -6,6 +6,7 @@ changed, read with its own tokenizer. It can't be trained on, for it has no opti
 train.py --init_from=W begins another run with its weights.
 """
 
+import math
 import os
 import secrets
 import shutil
@@ -111,14 +112,22 @@ def _check_tensors(source, tensors, config, names, origin) -> None:
 def _assemble(source: Source, tensors: list[layouts.Tensor], config: ConfigDict, vocab: int):
   """The model's parameters, filled one tensor after another."""
   params = nnx.state(nnx.eval_shape(lambda: model_lib.make_model(config, vocab)), nnx.Param)
-  arrays = {path: np.empty(leaf.shape, np.float32) for path, leaf in flatten(params).items()}
+  arrays = {path: _aligned(leaf.shape) for path, leaf in flatten(params).items()}
   for tensor in tensors:
     parts = tensor.unpack(source.read(tensor.name))
     for path, part in zip(tensor.ours, parts, strict=True):
       own = arrays[f'{path}/value']
       own[... if tensor.layer is None else tensor.layer] = part
-  # Orbax copies numpy's arrays before it writes them, and on a CPU these are the same memory.
+  # Orbax copies numpy's arrays before it writes them. These are the same memory, on a CPU.
   return unflatten(params, {path: jax.device_put(array) for path, array in arrays.items()})
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+  """Memory that JAX takes over without a copy: it wants each array to start at 64 bytes."""
+  count = math.prod(shape)
+  memory = np.empty(count + 16, np.float32)
+  start = -memory.ctypes.data % 64 // 4
+  return memory[start : start + count].reshape(shape)
 
 
 @contextmanager

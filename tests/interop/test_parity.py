@@ -11,6 +11,7 @@ from conftest import ARMS, tiny_config
 from planted import cached_logits, opened, params, plant, their_logits
 
 from configs import base
+from mla import generate as generate_lib
 from mla import rope_scaling
 from mla.convert import exporting, importing, vocabulary
 from mla.data.tokenizers import ByteTokenizer
@@ -75,6 +76,15 @@ def test_exported_and_imported_again(case, text, tmp_path):
   for name in ('attention', 'norm_eps', 'rope_base', 'tie_embeddings', 'ffn_dim'):
     assert after[name] == before[name], name
   assert rope_scaling.parse(after.rope_scaling) == rope_scaling.parse(before.rope_scaling)
+
+
+def test_the_least_width_of_a_nested_run(text, tmp_path):
+  workdir = plant(tiny_config('mla_nested'), tmp_path / 'run', text)
+  exporting.export(workdir, tmp_path / 'out', 'auto', latent_dim=4)
+  run = generate_lib.load(workdir, 4)
+  peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out')
+  assert peer.config.kv_lora_rank == 4
+  compare(run.model, peer, run.tokenizer.vocab_size)
 
 
 @pytest.mark.parametrize('tied', [False, True])

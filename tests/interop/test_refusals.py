@@ -108,8 +108,12 @@ def test_tensors_that_do_not_fit(exported, tmp_path):
 
 def test_a_latent_that_can_be_cut_has_no_format(text, tmp_path):
   workdir = plant(tiny_config('mla_nested'), tmp_path / 'run', text)
-  with pytest.raises(UserError, match='^nested=4,8,14: each block of its latent has a norm'):
+  with pytest.raises(
+    UserError, match='^nested=4,8,14: each block .* only the first, --latent_dim=4,'
+  ):
     exporting.export(workdir, tmp_path / 'out', 'auto')
+  with pytest.raises(UserError, match='^nested=4,8: each block'):
+    exporting.export(workdir, tmp_path / 'out', 'auto', latent_dim=8)
   assert not (tmp_path / 'out').exists()
 
 

@@ -12,10 +12,12 @@ from configs import base
 from mla import evaluate, sharding
 from mla.convert import importing
 from mla.data.corpora import sotu_files
-from mla.data.pipeline import EvalWindows
+from mla.data.pipeline import EvalWindows, eval_windows, load_run_data
 from mla.model import forward
+from mla.workdir import read_config
 
 LENGTH = 2048
+TOLERANCE = {'float32': 1e-5, 'bfloat16': 2e-4}  # nats a token
 
 
 @pytest.fixture(scope='module')
@@ -26,10 +28,25 @@ def model_file() -> Path:
 
 
 @pytest.fixture(scope='module')
-def run(model_file, tmp_path_factory):
+def workdir(model_file, tmp_path_factory) -> Path:
   workdir = tmp_path_factory.mktemp('smollm2') / 'run'
   importing.import_gguf(model_file, base.get_config(), workdir)
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def run(workdir):
   return opened(workdir)
+
+
+@pytest.fixture(scope='module')
+def peer(model_file):
+  import torch
+  import transformers
+
+  return transformers.AutoModelForCausalLM.from_pretrained(
+    model_file.parent, gguf_file=model_file.name, dtype=torch.float32
+  )
 
 
 @pytest.fixture(scope='module')
@@ -38,20 +55,23 @@ def tokens(run) -> np.ndarray:
   return run[1].encode(text[:12_000])[None, :LENGTH]
 
 
-def test_logits_and_tokens_are_those_of_transformers(model_file, run, tokens):
+def test_logits_and_tokens_are_those_of_transformers(model_file, run, peer, tokens):
   import torch
   import transformers
 
   folder, name = model_file.parent, model_file.name
   their = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
   np.testing.assert_array_equal(their(run[1].decode(tokens[0])).input_ids, tokens[0])
-  peer = transformers.AutoModelForCausalLM.from_pretrained(
-    folder, gguf_file=name, dtype=torch.float32
-  )
   with torch.no_grad():
     expected = peer(torch.tensor(tokens, dtype=torch.long), use_cache=False).logits.numpy()
   ours = np.asarray(jax.jit(forward)(run[0], tokens))
   assert np.abs(ours - expected).max() <= 1e-3 * expected.std()
+
+
+def test_its_numbers_are_as_they_were_published(workdir):
+  """GGUF keeps them in float32, where 1e-05 is 9.999999747378752e-06."""
+  config = read_config(workdir)
+  assert (config.norm_eps, config.rope_base) == (1e-5, 1e5)
 
 
 @pytest.mark.parametrize(
@@ -64,3 +84,34 @@ def test_perplexity_through_a_cache(cache_dtype, bytes_per_token, run, tokens):
   perplexity = np.exp(read.by_window.sum() / (LENGTH - 1))
   assert perplexity == pytest.approx(18.29, abs=0.01)
   assert read.bytes_per_token == bytes_per_token
+
+
+@pytest.mark.parametrize('cache_dtype', ['float32', 'bfloat16'])
+def test_what_the_experiment_reads_is_what_transformers_reads(cache_dtype, workdir, run, peer):
+  """The windows of results/compress/smollm2.json, by transformers through its own cache, in chunks.
+
+  It keeps what the model computes, float32; for bfloat16 what goes in is rounded.
+  """
+  import torch
+  import transformers
+
+  class Cache(transformers.DynamicCache):
+    def update(self, keys, values, *where, **more):
+      kept = (array.to(getattr(torch, cache_dtype)).float() for array in (keys, values))
+      return super().update(*kept, *where, **more)
+
+  data = load_run_data(workdir, read_config(workdir))
+  windows = eval_windows(data.validation, seq_len=256, max_tokens=1536)
+  tokens = torch.tensor(windows.tokens, dtype=torch.long)
+  cache, loss = Cache(), 0.0
+  with torch.no_grad():
+    for chunk in torch.split(torch.arange(256), 32):
+      logits = peer(tokens[:, chunk], past_key_values=cache, use_cache=True).logits
+      targets = tokens[:, chunk + 1]
+      loss += float(torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction='sum'
+      ))  # fmt: skip
+  one = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
+  read = evaluate.read_through_cache(run[0], windows, cache_dtype, one)
+  assert windows.mask.all() and cache.layers[0].keys.shape[-2] == 256
+  assert read.by_window.sum() / 1536 == pytest.approx(loss / 1536, abs=TOLERANCE[cache_dtype])
