@@ -7,8 +7,8 @@ W is an MHA, GQA or MQA run, such as an imported one; nothing of it is changed. 
 size: perplexity of evenly spread windows of the validation text, read through a float32 cache, and
 the bytes of those arrays; for the source and the whitened method through the other dtypes too.
 `rotary only` has every rank, so what it loses is the rotary part's. V are runs of W's tokenizer,
-such as compressed ones that were trained on, called by their folders' names. What FILE has already
-is not measured again.
+such as compressed ones that were trained on, called by their folders' names; --rope_dims= reads
+them alone. What FILE has already is not measured again.
 """
 
 import argparse
@@ -66,7 +66,8 @@ def measure(args, known: list[dict]) -> Iterator[dict]:
   @functools.cache
   def observed():
     calibration = eval_windows(data.train, seq_len=512, max_tokens=compress.CALIBRATION)
-    return compress.observe(run.model, calibration.tokens[:, :-1])
+    calibration = calibration.without_padding()
+    return compress.observe(run.model, calibration.tokens[:, :-1], calibration.starts)
 
   def read(make: Callable[[], Any], method: str, latent: int | None, rope: int | None, dtypes):
     what = {'method': method, 'latent_dim': latent, 'rope_dim': rope}
@@ -94,7 +95,7 @@ def measure(args, known: list[dict]) -> Iterator[dict]:
     latent, rope = trained.config.latent_dim or None, trained.config.rope_dim or None
     make = functools.partial(getattr, trained, 'model')
     yield from read(make, Path(workdir).name, latent, rope, DTYPES[:1])
-  for rope in map(int, args.rope_dims.split(',')):
+  for rope in map(int, filter(None, args.rope_dims.split(','))):
     full = compress.full_rank(run.config, rope)
     make = functools.partial(small, full, rope, 'svd')
     yield from read(make, 'rotary only', full, rope, DTYPES[:1])

@@ -64,8 +64,9 @@ def weights(source: Path, config: ConfigDict, tokenizer: str, params: Any) -> tu
   saved, shapes = checkpoints.newest()
   if saved.get('tokenizer', tokenizer) != tokenizer:
     raise UserError(
-      f'--init_from={source}: its tokens are of another tokenizer, data.tokenizer='
-      f'{theirs.data.tokenizer} of its text; its weights mean nothing to this one'
+      f'--init_from={source}: its tokens are of another tokenizer, and its weights mean nothing to '
+      f'this one; set --config.data.tokenizer={theirs.data.tokenizer}, and data.* to the text that '
+      'a bpe: was trained on'
     )
   wanted = {name: leaf.shape for name, leaf in flatten(params).items()}
   for name in sorted({*wanted, *shapes}):
@@ -74,7 +75,7 @@ def weights(source: Path, config: ConfigDict, tokenizer: str, params: Any) -> tu
       there, here = (_shape(of.get(name)) for of in (shapes, wanted))
       raise UserError(
         f'--init_from={source}: {weight} is {there} there and {here} here'
-        f'{_fields(theirs, config)}; give a run of the same shape, or set these fields alike'
+        f'{_fields(theirs, config)}, or give a run of the same shape'
       )
   for name in UNSEEN:
     if theirs.get(name) != config.get(name):
@@ -89,13 +90,15 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def _fields(theirs: ConfigDict, ours: ConfigDict) -> str:
-  """Which of the model's fields differ, as the end of the message."""
+  """What makes the model's fields those of the other run, as they are typed."""
   there, here = config_lib.flatten(theirs), config_lib.flatten(ours)
   names = [
     *'attention num_layers d_model num_heads head_dim value_head_dim ffn_dim param_budget'.split(),
     *(*config_lib.OF_VARIANTS, 'round_to', 'tie_embeddings', 'data.tokenizer'),
   ]
-  # Either may lack a field that only its variant reads.
+  # Either may lack a field that only its variant reads: there is nothing to set then.
   both = [(name, there.get(name, 'unset'), here.get(name, 'unset')) for name in names]
-  different = [f'{name}={theirs}' for name, theirs, ours in both if theirs != ours]
-  return f'; it has {", ".join(different)}' if different else ''
+  different = [
+    f'--config.{name}={theirs}' for name, theirs, ours in both if theirs not in (ours, 'unset')
+  ]
+  return f'; set {" ".join(different)}' if different else '; set the fields of the model alike'

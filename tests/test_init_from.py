@@ -87,8 +87,11 @@ def test_a_run_that_began_afresh_is_not_overwritten(source):
 @pytest.mark.parametrize(
   ('changes', 'named'),
   [
-    ({'latent_dim': 8}, r'gain is \[1, 14\] there and \[1, 8\] here; it has latent_dim=14'),
-    ({'attention': 'mha'}, 'is .* there and missing here; it has attention=mla'),
+    (
+      {'latent_dim': 8},
+      r'gain is \[1, 14\] there and \[1, 8\] here; set --config.latent_dim=14, or',
+    ),
+    ({'attention': 'mha'}, 'is .* there and missing here; set --config.attention=mla'),
     ({'num_layers': 2}, 'num_layers=1'),
   ],
 )
@@ -107,7 +110,7 @@ def test_weights_that_do_not_fit_of_a_config_that_lacks_fields_of_other_variants
   del fields['num_kv_heads']  # mla reads none, and a run of another program may have none
   path.write_text(json.dumps(fields))
   config = config_of(text, latent_dim=8)
-  with pytest.raises(UserError, match='num_kv_heads=unset, latent_dim=14'):
+  with pytest.raises(UserError, match='set --config.latent_dim=14, or'):
     init_from.weights(tmp_path / 'run', config, 'bytes', params_of(config))
 
 

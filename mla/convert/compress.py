@@ -80,8 +80,7 @@ def compress(
   data = load_run_data(workdir, source)
   width = min(source.seq_len, WINDOW)
   held_out = eval_windows(data.validation, seq_len=width, max_tokens=REPORTED)
-  calibration = eval_windows(data.train, seq_len=width, max_tokens=CALIBRATION)
-  calibration = without_padding(calibration)
+  calibration = eval_windows(data.train, seq_len=width, max_tokens=CALIBRATION).without_padding()
   observed = observe(run.model, calibration.tokens[:, :-1], calibration.starts)
   report: dict[str, Any] = {
     'source': str(workdir),
@@ -107,12 +106,6 @@ def compress(
         {**saved, 'tokenizer': run.tokenizer.digest},
       )
   return report
-
-
-def without_padding(windows: EvalWindows) -> EvalWindows:
-  """The windows that are full, if there are any: what pads the last one is no text."""
-  full = np.flatnonzero(windows.mask.all(axis=1))
-  return windows.take(full) if len(full) else windows
 
 
 def full_rank(config: ConfigDict, rope_dim: int) -> int:

@@ -64,6 +64,11 @@ class EvalWindows(NamedTuple):
     starts = None if self.starts is None else taken(self.starts)
     return EvalWindows(taken(self.tokens), taken(self.mask), starts)
 
+  def without_padding(self) -> 'EvalWindows':
+    """Those that are full, if there are any: what pads the last one is no text to calibrate on."""
+    full = np.flatnonzero(self.mask.all(axis=1))
+    return self.take(full) if len(full) else self
+
 
 def load_data(config: ConfigDict, stopping: Callable[[], bool] = lambda: False) -> Data:
   """The tokenizer and both streams that config.data names; UserError if they cannot be had.

@@ -79,9 +79,9 @@ def test_what_pads_a_window_is_not_observed():
   mask = np.ones((3, 23), bool)
   mask[2, 9:] = False
   windows = EvalWindows(np.concatenate([TOKENS, TOKENS[:1]]), mask)
-  np.testing.assert_array_equal(compress.without_padding(windows).tokens, TOKENS)
+  np.testing.assert_array_equal(windows.without_padding().tokens, TOKENS)
   alone = EvalWindows(TOKENS[:1], mask[2:])
-  np.testing.assert_array_equal(compress.without_padding(alone).tokens, TOKENS[:1])
+  np.testing.assert_array_equal(alone.without_padding().tokens, TOKENS[:1])
 
 
 def test_at_full_rank_the_rank_loses_nothing_and_just_below_something():
