@@ -105,8 +105,8 @@ def one_shot(source: Path, seed: int, lines: Lines) -> None:
   )
   calibration = eval_windows(
     data.train, seq_len=run.config.seq_len, max_tokens=compress.CALIBRATION
-  ).tokens[:, :-1]
-  observed = compress.observe(run.model, calibration)
+  ).without_padding()
+  observed = compress.observe(run.model, calibration.tokens[:, :-1], calibration.starts)
   for what in missing:
     latent = what.get('latent_dim') or compress.full_rank(run.config, what['rope_dim'])
     method = what.get('method', 'svd')

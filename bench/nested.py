@@ -15,8 +15,10 @@ run a width.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,12 +159,16 @@ def step_times(rounds: int) -> dict[str, Any]:
 
 def wall_times(folder: Path) -> dict[str, Any]:
   """Seconds of the commands a user gives for a curve, one after the other, each compiling anew."""
+  if folder.exists() and any(folder.iterdir()):
+    raise SystemExit(f'{folder}: is not empty, and runs that are there would not be trained again')
   schedule = ('--config.num_steps=800', '--config.warmup_steps=150', '--config.eval_every=800')
 
   def command(*words: str) -> float:
-    began = time.perf_counter()
-    subprocess.run([sys.executable, *words], check=True, capture_output=True)
-    return time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as cache:
+      began = time.perf_counter()
+      environment = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': cache}
+      subprocess.run([sys.executable, *words], check=True, capture_output=True, env=environment)
+      return time.perf_counter() - began
 
   def train(name: str, latent: str, *more: str) -> float:
     fields = ('--config=configs/mla_small.py', f'--config.latent_dim={latent}', *schedule, *more)

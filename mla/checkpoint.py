@@ -433,8 +433,8 @@ class Checkpoints:
 def _one_by_one(arrays: Mapping[str, Any]) -> ocp.StandardCheckpointHandler:
   """Writes or reads no more at a time than the largest array, or many that are small: without a
   bound, as much again as the arrays take is held while they are under way."""
-  largest = max(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())
-  bound = (max(largest, AT_A_TIME) + 2**20) / 10**9  # what is asked for has to be less
+  sizes = (math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())
+  bound = (max(*sizes, AT_A_TIME) + 2**20) / 10**9  # what is asked for has to be less
   return ocp.StandardCheckpointHandler(save_concurrent_gb=bound, restore_concurrent_gb=bound)
 
 

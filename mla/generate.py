@@ -188,7 +188,7 @@ def _next(model, cache, token, key, *, temperature: float, top_p: float):
 
 def card(run: Run, written: Written, cache_dtype: str) -> str:
   """What it took, on two lines."""
-  speed = '' if not written.rest_seconds else (
+  speed = '' if not written.rest_tokens or not written.rest_seconds else (
     f'{1e3 * written.rest_seconds / written.rest_steps:.2f} ms a token, '
     f'{written.rest_tokens / written.rest_seconds:,.0f} tokens a second; '
   )  # fmt: skip

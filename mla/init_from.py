@@ -65,8 +65,8 @@ def weights(source: Path, config: ConfigDict, tokenizer: str, params: Any) -> tu
   if saved.get('tokenizer', tokenizer) != tokenizer:
     raise UserError(
       f'--init_from={source}: its tokens are of another tokenizer, and its weights mean nothing to '
-      f'this one; set --config.data.tokenizer={theirs.data.tokenizer}, and data.* to the text that '
-      'a bpe: was trained on'
+      f'this one; take data.* from its config.json, data.tokenizer={theirs.data.tokenizer} of the '
+      'text that it read'
     )
   wanted = {name: leaf.shape for name, leaf in flatten(params).items()}
   for name in sorted({*wanted, *shapes}):

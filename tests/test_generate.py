@@ -1,6 +1,8 @@
 """Text from a run: what streams is what model.generate draws, and a run needs no corpus for it."""
 
+import itertools
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -64,12 +66,14 @@ def test_a_row_ends_where_another_document_begins(monkeypatch):
 
 def test_a_tokens_time_is_a_steps_where_rows_end_early(monkeypatch):
   """Four steps after the second, of 10 ms each, the other row long at its end."""
-  clock = iter(0.01 * tick for tick in range(100))
-  monkeypatch.setattr(generate.time, 'monotonic', lambda: next(clock))
+  clock = itertools.count(step=0.01)
+  monkeypatch.setattr(generate, 'time', SimpleNamespace(monotonic=lambda: next(clock)))
   bos = ByteTokenizer.bos
   _, took = written(monkeypatch, [[104] * 6, [104, bos, 1, 1, 1, 1]])
   card = generate.card(generate.Run(None, None, None, 1), took, 'bfloat16')
   assert '10.00 ms a token, 100 tokens a second' in card
+  _, took = written(monkeypatch, [[104, 104, bos]])  # of one step nothing came that could be timed
+  assert 'a second' not in generate.card(generate.Run(None, None, None, 1), took, 'int8')
 
 
 def test_a_seed_draws_the_same_whatever_jax_draws_with(monkeypatch):

@@ -130,7 +130,7 @@ def _of_one_text(path: Path, lines: Sequence[dict[str, Any]]) -> None:
   for line in lines:
     other = results.other_text(line, lines)
     if other is not None:
-      unlike = results.told_apart(line, other) or 'their texts differ'
+      unlike = results.told_apart(line, other) or 'their files differ'
       raise UserError(
         f'{path}: trials {line["trial"]} and {other["trial"]} did not read the same text in the '
         f'same tokens ({unlike}), and nats a token of the two cannot be compared; move the lines '
@@ -281,12 +281,13 @@ def _recalled(arms: Sequence[Arm], level: float) -> dict[str, Any]:
 
 
 def _knobs(arms: Sequence[Arm]) -> list[list[Arm]]:
-  """Arms with a latent, by its width: those with a run of their own; then each nested run's."""
+  """Arms with a latent, by its width: those with a run of their own; each nested run's. What is
+  but one arm goes last."""
   latents = sorted((arm for arm in arms if arm.latent), key=lambda arm: (arm.latent, arm.size))
   nested = {arm.trained for arm in latents if arm.trained != arm.name}
   families = [[arm for arm in latents if arm.trained not in nested]]
   families += [[arm for arm in latents if arm.trained == whole] for whole in sorted(nested)]
-  return [family for family in families if family]
+  return sorted(filter(None, families), key=lambda family: len(family) == 1)
 
 
 def _latent_steps(arms: Sequence[Arm], level: float) -> dict[str, dict[str, Any]]:

@@ -10,26 +10,37 @@ import math
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
+from mla import probes
+from mla.errors import UserError
 from mla.sweep import statistics as stats
 
-SIZES = ('records', 'attributes', 'alphabet', 'bits_held')
+SIZES = ('records', 'attributes', 'alphabet')
 
 Lines = Sequence[Mapping[str, Any]]
 
 
 def probe_of(lines: Lines) -> dict[str, Any] | None:
-  """The probe that all lines are of; None where some are of text, or of a probe of another size."""
-  probes = [
-    {
-      'task': line['probe'],
-      **{name: line[name] for name in SIZES},
-      'guessing': line.get('guessing', 1 / line['alphabet']),  # older lines, of Payload, have none
-    }
-    for line in lines
-    if 'accuracy' in line
-  ]
-  alike = len(probes) == len(lines) and all(probe == probes[0] for probe in probes)
-  return probes[0] if alike else None
+  """The probe that all lines are of; None where some are of text, or of a probe of another size.
+
+  Bits are counted here, for older versions counted those of some probes otherwise.
+  """
+  sizes = {(line.get('probe'), *(line.get(name) for name in SIZES)) for line in lines}
+  if len(sizes) != 1 or not all('accuracy' in line for line in lines):
+    return None
+  first = lines[0]
+  probe = _probe(first)
+  return {
+    'task': first['probe'],
+    **{name: first[name] for name in SIZES},
+    'bits_held': probe.bits_held(),
+    'guessing': 1 / probe.answers,
+  }
+
+
+def _probe(line: Mapping[str, Any]) -> probes.Probe:
+  """The task and its size, of which a line doesn't tell a window's length."""
+  records, attributes, alphabet = (line[name] for name in SIZES)
+  return probes.PROBES[line['probe']](records, attributes, alphabet, 0)
 
 
 def by_arm(arms: Mapping[str, Lines], fair: Set[str], level: float) -> dict[str, Any]:
@@ -58,7 +69,7 @@ def by_arm(arms: Mapping[str, Lines], fair: Set[str], level: float) -> dict[str,
         'accuracies': {str(line['seed']): line['accuracy'] for line in lines},
         'mean_accuracy': mean.mean,
         'half_width': stats.finite(mean.half_width()),
-        'bits_recalled': sum(line['bits_recalled'] for line in lines) / len(lines),
+        'bits_recalled': sum(_probe(n).bits_recalled(n['accuracy']) for n in lines) / len(lines),
         'pairs_at_equal_bytes': pairs,
         'best_of_equal_bytes': best,
         'difference_at_equal_bytes': difference and difference.mean,
@@ -73,8 +84,13 @@ def knee(summary: Mapping[str, Any]) -> float:
   """Bytes a token at which the latents are half-way from guessing to all right.
 
   By straight lines between means over the logarithm of the bytes. Of latents of separate runs, of a
-  nested run's where there are none such. 0 where all are beyond half, inf where none is.
+  nested run's where there are none such. 0 where all are beyond half, inf where none is. UserError
+  for a summary of an older version.
   """
+  if 'knobs' not in summary:
+    raise UserError(
+      'frontier.json: is of an older version; run python report.py --workdir=DIR again'
+    )
   half = (1 + summary['probe']['guessing']) / 2
   arms = {arm['arm']: arm for arm in summary['arms']}
   points = sorted(

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from mla import config as config_lib
 from mla import files
 from mla.errors import UserError, first_line
 from mla.sweep import widths
@@ -53,6 +54,9 @@ DONE = COMMON | {
   'tokens_per_second': (*NUMBER, type(None)),
 }
 FAILED = COMMON | {'error': str}
+
+# Of data.*, what changes no text and no token.
+WHICH_PART = {'data.eval_tokens', 'data.packing', 'data.data_dir'}
 
 RESTORE = (
   'restore the file, or take that line out: its trial is then scored again from its workdir, or '
@@ -194,10 +198,16 @@ def other_text(
 
 
 def told_apart(line: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-  """By which data.* two lines differ; '' where it is the text itself that does."""
-  here, there = _data_of(line), _data_of(other)
-  names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-  return '; '.join(f'{name}={here.get(name)} or {there.get(name)}' for name in names)
+  """By which fields two lines read unlike texts or tokens; '' where it is the files that differ."""
+  here, there = ({**of.get('settings', {}), **of['fields']} for of in (line, other))
+  names = {name for name in here.keys() | there.keys() if name.startswith('data.')} - WHICH_PART
+  names |= {'seq_len'} if 'probe' in here.get('data.dataset', '') else set()
+
+  def values(name: str) -> list[Any]:
+    return [of.get(name, config_lib.ADDED.get(name)) for of in (here, there)]
+
+  found = {name: values(name) for name in sorted(names)}
+  return '; '.join(f'{name}={a} or {b}' for name, (a, b) in found.items() if a != b)
 
 
 def _key(line: Mapping[str, Any]) -> tuple[str, str]:
@@ -220,11 +230,6 @@ def _other_settings(line: Mapping[str, Any], trial: Trial) -> str:
 def _words(arm: str) -> tuple[str, ...]:
   """An arm's name whatever the order of the fields in it."""
   return tuple(sorted(arm.split(',')))
-
-
-def _data_of(line: Mapping[str, Any]) -> dict[str, Any]:
-  fields = {**line.get('settings', {}), **line['fields']}
-  return {name: value for name, value in fields.items() if name.startswith('data.')}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

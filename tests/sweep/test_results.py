@@ -100,6 +100,17 @@ def test_trials_of_unlike_tokens_are_refused_before_they_train(tmp_path):
     sweep.check_text(lines[1:], folder)
 
 
+def test_what_tells_two_texts_apart_is_named():
+  """With the default of fields that an older line lacks; nothing that changes no token."""
+  line = {'settings': {'seq_len': 64, 'data.dataset': 'probe:payload'}, 'fields': {}}
+  records = {**line, 'fields': {'data.records': 8, 'data.eval_tokens': 64, 'data.packing': 'x'}}
+  assert results.told_apart(records, line) == 'data.records=8 or 16'
+  longer = {**line, 'fields': {'seq_len': 128}}
+  assert results.told_apart(line, longer) == 'seq_len=64 or 128'
+  text = {'settings': {'seq_len': 64, 'data.dataset': 'sotu'}, 'fields': {}}
+  assert results.told_apart(text, {**text, 'fields': {'seq_len': 128}}) == ''
+
+
 def test_no_report_is_made_of_trials_of_unlike_tokens(tmp_path):
   """Such as an older version let stand beside each other."""
   todo, kept = expand('latent_dim=4,8'), sweep.Results(make_folder(tmp_path / 'sweep'))
