@@ -12,17 +12,20 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 LAYERS, WIDTH, HIDDEN = 10, 768, 2304
+# Not getrusage's: after fork and exec that begins at the largest that the parent ever was.
 MEASURE = """
-import re, resource, sys
+import re, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from configs import base
 from mla.convert import exporting, importing
 import jax, orbax.checkpoint, safetensors.numpy
 jax.numpy.zeros(3).block_until_ready()
-before = int(re.search(r'VmRSS:\\s*(\\d+)', open('/proc/self/status').read())[1])
+def memory(name):
+  return 1024 * int(re.search(name + r':\\s*(\\d+)', open('/proc/self/status').read())[1])
+before = memory('VmRSS')
 {work}
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print(memory('VmHWM') - before)
 """
 IMPORT = 'importing.import_folder(Path({0!r}), base.get_config(), Path({1!r}))'
 EXPORT = "exporting.export(Path({1!r}), Path({2!r}), 'auto')"
