@@ -1,6 +1,6 @@
 """What nested latents are measured against, on the trials of a sweep; and what a step costs.
 
-python -m bench.nested --workdir=SWEEP --json=FILE [--tokens=131072] [--rounds=5] [--wall=FOLDER]
+python -m bench.nested --workdir=SWEEP --json=FILE [--tokens=131072] [--rounds=5]
 
 Of each trial with MLA a row a width, read through a bfloat16 cache, with the bytes of its arrays:
   as it lies    plain MLA, cut after training
@@ -8,17 +8,11 @@ Of each trial with MLA a row a width, read through a bfloat16 cache, with the by
   uniform       nested MLA, one width in all layers
   by layer      nested MLA, each layer's width by a greedy search (mla/budgets.py)
 Calibration is training text. A trial whose rows stand in the JSON already is passed by. At the end
-a training step with and without nested latents, side by side in this process; and with --wall, in
-whose folder the runs will lie, the seconds from nothing to the curve, by one nested run and by a
-run a width.
+a training step with and without nested latents, side by side in this process.
 """
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +26,6 @@ from mla.data.pipeline import EvalWindows
 
 CALIBRATION = 16_384  # tokens
 STEPS = 20  # a turn
-WIDTHS = '8,16,32,64'
 
 
 def main() -> None:
@@ -41,7 +34,6 @@ def main() -> None:
   parser.add_argument('--json', required=True)
   parser.add_argument('--tokens', type=int, default=131_072)
   parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--wall')
   args = parser.parse_args()
   from mla import backends
 
@@ -57,9 +49,6 @@ def main() -> None:
     files.write_json(path, report)
   if args.rounds:
     report['step'] = step_times(args.rounds)
-    files.write_json(path, report)
-  if args.wall:
-    report['wall'] = wall_times(Path(args.wall))
     files.write_json(path, report)
 
 
@@ -128,7 +117,7 @@ def step_times(rounds: int) -> dict[str, Any]:
   batch = np.random.default_rng(0).integers(0, 257, (8, 257), dtype=np.int32)
   sides = {}
   with jax.set_mesh(mesh):
-    for name, widths in (('plain', ''), ('nested', WIDTHS)):
+    for name, widths in (('plain', ''), ('nested', '8,16,32,64')):
       config = mla_small.get_config()
       config.latent_dim, config.nested = 64, widths
       optimizer = make_optimizer(config)
@@ -153,43 +142,6 @@ def step_times(rounds: int) -> dict[str, Any]:
   ratios = [n / p for n, p in zip(times['nested'], times['plain'], strict=True)]
   found: dict[str, Any] = {name: float(np.median(times[name])) for name in times}
   found |= {'ratio': float(np.median(ratios)), 'ratios': sorted(ratios), 'unit': 'ms'}
-  print(json.dumps(found), flush=True)
-  return found
-
-
-def wall_times(folder: Path) -> dict[str, Any]:
-  """Seconds of the commands a user gives for a curve, one after the other, each compiling anew."""
-  if folder.exists() and any(folder.iterdir()):
-    raise SystemExit(f'{folder}: is not empty, and runs that are there would not be trained again')
-  schedule = ('--config.num_steps=800', '--config.warmup_steps=150', '--config.eval_every=800')
-
-  def command(*words: str) -> float:
-    with tempfile.TemporaryDirectory() as cache:
-      began = time.perf_counter()
-      environment = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': cache}
-      subprocess.run([sys.executable, *words], check=True, capture_output=True, env=environment)
-      return time.perf_counter() - began
-
-  def train(name: str, latent: str, *more: str) -> float:
-    fields = ('--config=configs/mla_small.py', f'--config.latent_dim={latent}', *schedule, *more)
-    return command('train.py', *fields, f'--workdir={folder / name}')
-
-  def evaluate(*names: str) -> float:
-    return command('eval.py', *(f'--workdir={folder / name}' for name in names))
-
-  command('prepare.py', '--config=configs/mla_small.py')  # the corpus is made once, for all
-  widths = WIDTHS.split(',')
-  nested = {'training': [train('nested', widths[-1], f'--config.nested={WIDTHS}')]}
-  nested['evaluation'] = [evaluate('nested')]
-  separate = {'training': [train(f'c{width}', width) for width in widths]}
-  separate['evaluation'] = [evaluate(*(f'c{width}' for width in widths))]
-  sides = {'nested': nested, 'separate': separate}
-  found: dict[str, Any] = {
-    name: {part: round(sum(seconds), 1) for part, seconds in side.items()}
-    for name, side in sides.items()
-  }
-  total = {name: sum(side.values()) for name, side in found.items()}
-  found |= {'ratio': total['nested'] / total['separate'], 'unit': 's'}
   print(json.dumps(found), flush=True)
   return found
 

@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 import statistics as middle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +85,7 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
   )
   level = looks.level(look)
   sizes = {arm.name: arm.size for arm in arms}
-  spot = _sweet_spot(_means(arms), sizes, base.name, margin, level, _by_seed(arms))
+  spot = _sweet_spot(_means(arms), sizes, base.name, margin, level, _by_seed(_runs(arms)))
   verdicts = _on_frontier(arms, level)
   equals, pairs = _at_equal_bytes(arms, level)
   steps = _latent_steps(arms, level)
@@ -126,16 +126,17 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
   }
 
 
-def _of_one_text(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-  for line in lines:
+def _of_one_text(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+  for line in (line for line in lines if 'data_digest' in line):
     other = results.other_text(line, lines)
-    if other is not None:
-      unlike = results.told_apart(line, other) or 'their files differ'
-      raise UserError(
-        f'{path}: trials {line["trial"]} and {other["trial"]} did not read the same text in the '
-        f'same tokens ({unlike}), and nats a token of the two cannot be compared; move the lines '
-        'of the one kind to a results.jsonl in a folder of its own'
-      )
+    if other is None:
+      return  # all are of this one's, or don't tell
+    unlike = results.told_apart(line, other) or 'their files differ'
+    raise UserError(
+      f'{path}: trials {line["trial"]} and {other["trial"]} did not read the same text in the '
+      f'same tokens ({unlike}), and nats a token of the two cannot be compared; move the lines '
+      'of the one kind to a results.jsonl in a folder of its own'
+    )
 
 
 def _arms(lines: Sequence[Mapping[str, Any]]) -> list[Arm]:
@@ -219,11 +220,11 @@ def sweet_spot_at(summary: Mapping[str, Any], margin: float) -> dict[str, Any]:
     if not arm['failed_seeds']
   }
   sizes = {arm['arm']: arm['kv_cache_bytes_per_token'] for arm in arms}
-  of_run: dict[str, dict[str, dict[str, float]]] = {}
-  for arm in arms:
-    if arm['arm'] in whole:
-      of_run.setdefault(arm.get('prefix_of', arm['arm']), {})[arm['arm']] = arm['losses']
-  by_seed = _pairs(of_run.values())
+  by_seed = _by_seed(
+    (arm.get('prefix_of', arm['arm']), arm['arm'], arm['losses'])
+    for arm in arms
+    if arm['arm'] in whole
+  )
   level = summary['look_level']
   return _sweet_spot(whole, sizes, summary['reference'], margin, level, by_seed)._asdict()
 
@@ -246,7 +247,7 @@ def _sweet_spot(
 
 def _on_frontier(arms: Sequence[Arm], level: float) -> dict[str, str]:
   sizes = {arm.name: arm.size for arm in arms}
-  verdicts = stats.on_frontier(_means(arms), sizes, level, _by_seed(arms))
+  verdicts = stats.on_frontier(_means(arms), sizes, level, _by_seed(_runs(arms)))
   for arm in arms:
     if not arm.whole:
       verdicts[arm.name] = 'no'
@@ -312,23 +313,22 @@ def _means(arms: Sequence[Arm]) -> dict[str, stats.Estimate]:
   return {arm.name: arm.mean for arm in arms if arm.whole}
 
 
-def _by_seed(arms: Sequence[Arm]) -> dict[tuple[str, str], stats.Estimate]:
-  """{(arm, other): arm - other} of the arms without failures that are widths of one nested run."""
-  of_run: dict[str, dict[str, stats.Sample]] = {}
-  for arm in arms:
-    if arm.whole:
-      of_run.setdefault(arm.trained, {})[arm.name] = arm.judged.losses
-  return _pairs(of_run.values())
+def _runs(arms: Sequence[Arm]) -> Iterator[tuple[str, str, stats.Sample]]:
+  """(Whose runs it is read from, the arm, its losses), of the arms without failures."""
+  return ((arm.trained, arm.name, arm.judged.losses) for arm in arms if arm.whole)
 
 
-def _pairs(
-  runs: Iterable[Mapping[str, stats.Sample]],
+def _by_seed(
+  runs: Iterable[tuple[str, str, stats.Sample]],
 ) -> dict[tuple[str, str], stats.Estimate]:
-  """The difference of every two arms of a run, in both orders, of {arm: {seed: loss}} by run."""
+  """{(arm, other): arm - other} of those that are widths of one nested run, in both orders."""
+  of_run: dict[str, dict[str, stats.Sample]] = {}
+  for run, arm, losses in runs:
+    of_run.setdefault(run, {})[arm] = losses
   return {
-    (arm, other): stats.paired(of_run[arm], of_run[other])
-    for of_run in runs
-    for arm, other in itertools.permutations(of_run, 2)
+    (arm, other): stats.paired(arms[arm], arms[other])
+    for arms in of_run.values()
+    for arm, other in itertools.permutations(arms, 2)
   }
 
 

@@ -133,22 +133,23 @@ def missing(trials: Sequence[Trial], folder: Path) -> list[Trial]:
 
 def check_text(lines: Sequence[Mapping[str, Any]], folder: Path) -> None:
   """UserError if lines of trials.check and what is in the folder are not of one text and tokens."""
-  results = Results(folder)
-  for line in lines:
-    other = other_text(line, lines) or results.other_text(line)
-    if other is None:
-      continue
-    unlike = told_apart(line, other)
-    if unlike:
-      raise UserError(
-        f'{unlike}: trials {line["trial"]} and {other["trial"]} would not read the same text in '
-        'the same tokens, and nats a token of the two cannot be compared; give each a sweep, and '
-        'a --workdir, of its own'
-      )
+  if not lines:
+    return
+  line = lines[0]  # with which all must agree
+  other = other_text(line, lines) or Results(folder).other_text(line)
+  if other is None:
+    return
+  unlike = told_apart(line, other)
+  if unlike:
     raise UserError(
-      f'trial {line["trial"]}: the text or the tokenizer is not what {folder} holds the result '
-      f'of trial {other["trial"]} for; put that back, or use another --workdir'
+      f'{unlike}: trials {line["trial"]} and {other["trial"]} would not read the same text in '
+      'the same tokens, and nats a token of the two cannot be compared; give each a sweep, and '
+      'a --workdir, of its own'
     )
+  raise UserError(
+    f'trial {line["trial"]}: the text or the tokenizer is not what {folder} holds the result '
+    f'of trial {other["trial"]} for; put that back, or use another --workdir'
+  )
 
 
 def _tuning_stage(trials: Sequence[Trial], results: Results) -> list[Trial]:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import special
 
-Sample = Mapping[Any, float]  # {seed: loss}; JSON has made strings of the seeds
+Sample = Mapping[Any, float]  # {seed: loss}; in JSON seeds are strings
 
 LEVEL = 0.05  # of an interval that stands by itself
 MOST_SEEDS = 1000  # beyond which "more seeds" is no advice
