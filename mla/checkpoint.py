@@ -33,6 +33,7 @@ from mla.workdir import difference, read_config
 IMPORTED = 'imported'  # what stands for the text of a run whose weights came from elsewhere
 SAVED = '.saved'  # a file that says that the run once had a checkpoint
 AT_A_TIME = 2**25  # bytes of arrays that are under way, or one larger array
+PIECE = 2**22  # bytes of an array that are compressed at once, where it is cut into pieces
 UNFINISHED = '.orbax-checkpoint-tmp'
 TIMEOUT = 600  # seconds that processes wait for each other's part of a checkpoint
 
@@ -107,7 +108,7 @@ class Checkpoints:
           # Waiting for a folder that could not be made would last until the timeout.
           create_directories_asynchronously=False,
         )
-        # Who writes while nothing else goes on holds the arrays once, and a few more in passing.
+        # Who writes while nothing else goes on holds the arrays once, and a piece more in passing.
         few = {} if training is not None else {'params': _one_by_one(flatten(params))}
         handler = ocp.CompositeCheckpointHandler(
           *(name for name in ('params', 'training', 'run') if name not in few),
@@ -116,8 +117,9 @@ class Checkpoints:
         )
         self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
       self._writing = step
+      pieces = None if training is not None else _in_pieces(flatten(params))
       parts = {
-        'params': ocp.args.StandardSave(flatten(params)),
+        'params': ocp.args.StandardSave(flatten(params), save_args=pieces),
         'run': ocp.args.JsonSave({**run, 'checksums': checksums.NAME}),
       }
       if training is not None:
@@ -432,10 +434,21 @@ class Checkpoints:
 
 def _one_by_one(arrays: Mapping[str, Any]) -> ocp.StandardCheckpointHandler:
   """Writes or reads no more at a time than the largest array, or many that are small: without a
-  bound, as much again as the arrays take is held while they are under way."""
+  bound, as much again as the arrays take is held while they are under way.
+
+  Each piece of an array goes to a file of its own, at once: in a database of all arrays, OCDBT,
+  pieces wait in memory for their array's last. Reads either.
+  """
   sizes = (math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())
   bound = (max(*sizes, AT_A_TIME) + 2**20) / 10**9  # what is asked for has to be less
-  return ocp.StandardCheckpointHandler(save_concurrent_gb=bound, restore_concurrent_gb=bound)
+  return ocp.StandardCheckpointHandler(
+    save_concurrent_gb=bound, restore_concurrent_gb=bound, use_ocdbt=False
+  )
+
+
+def _in_pieces(arrays: Mapping[str, Any]) -> dict[str, ocp.SaveArgs]:
+  """Arrays cut into pieces, of which each thread compresses one at a time."""
+  return dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=PIECE))
 
 
 def _is_step(name: str) -> bool:
