@@ -3,6 +3,7 @@ through caches whose parts differ in dtype. For looking at, not for training or 
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from mla.workdir import read_config
 
 # Every process needs a mesh to lay a model out on; one device is enough to look at it.
 ONE_DEVICE = {'data': 1, 'fsdp': 1, 'tensor': 1}
+AT_ONCE = 2**13  # tokens, whose logits are held: 1.6 GB with a vocabulary of 50,000
 
 
 class Run(NamedTuple):
@@ -55,13 +57,15 @@ def write(run: Run, prompt: str, steps: int, seed: int = 0) -> str:
   return ''.join(parts)
 
 
-def windows(run: Run, count: int) -> Int[np.ndarray, 'B window']:
-  """About so many whole windows of the validation text, evenly spread, seq_len + 1 tokens each.
+def windows(run: Run, targets: int) -> Int[np.ndarray, 'B window']:
+  """Whole windows of about so many targets, evenly spread over the validation text.
+
+  Each has seq_len + 1 tokens.
 
   Of a run that keeps documents apart only those within one; UserError where none is.
   """
   length = run.config.seq_len
-  found = eval_windows(run.data.validation, seq_len=length, max_tokens=(count + 1) * length)
+  found = eval_windows(run.data.validation, seq_len=length, max_tokens=targets + length)
   whole = found.mask.all(axis=1)
   if found.starts is not None:
     whole &= found.starts[:, -1] == 0
@@ -128,7 +132,13 @@ def losses(
 
   `dtypes` says which, by what the variant keeps; what it does not name is kept in float32.
   """
-  return np.asarray(_losses(model, jnp.asarray(texts), tuple(dtypes.items())), np.float64)
+  count, length = texts.shape
+  groups = math.ceil(texts.size / AT_ONCE)
+  rows = math.ceil(count / groups)
+  groups = math.ceil(count / rows)
+  filled = np.resize(texts, (groups, rows, length))  # the first ones again fill the last group
+  found = [_losses(model, jnp.asarray(group), tuple(dtypes.items())) for group in filled]
+  return np.concatenate(found).astype(np.float64)[:count]
 
 
 @functools.partial(jax.jit, static_argnames='dtypes')

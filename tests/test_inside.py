@@ -71,6 +71,21 @@ def test_losses_are_those_of_the_model_and_of_the_evaluation(model, texts):
   assert 0 < np.abs(one - whole).max() < 0.1 and np.abs(one - both).max() > 0
 
 
+def test_no_more_is_read_at_a_time_than_memory_has_room_for(model, texts, monkeypatch):
+  """A published model's logits over all windows would take tens of gigabytes."""
+  whole = inside.losses(model, texts, {})
+  read, sizes = inside._losses, []
+  monkeypatch.setattr(inside, 'AT_ONCE', 2 * 17)
+  monkeypatch.setattr(
+    inside,
+    '_losses',
+    lambda model, texts, dtypes: sizes.append(texts.size) or read(model, texts, dtypes),
+  )
+  for count in (6, 5, 1):
+    np.testing.assert_allclose(inside.losses(model, texts[:count], {}), whole[:count], atol=1e-5)
+  assert set(sizes) == {17, 2 * 17} and len(sizes) == 3 + 3 + 1
+
+
 def test_what_int8_costs_is_told_of_each_part_and_of_all(model, texts):
   costs = inside.cost_of_int8(model, texts, ('latent', 'k_rope'))
   assert list(costs) == ['latent', 'k_rope', 'latent and k_rope']
