@@ -197,7 +197,7 @@ def _figures(arm: Arm, folder: Path) -> dict[str, Any]:
     'params_non_embedding': first['params_non_embedding'],
     'learning_rate': judged.rate,
     'learning_rates_tried': arm.tried,
-    'learning_rate_at_edge': len(arm.tried) > 1 and judged.rate in (arm.tried[0], arm.tried[-1]),
+    'learning_rate_at_edge': judged.at_edge,
     **results.costs_of(folder, first),
     'tokens_per_second': middle.median(speeds) if speeds else None,
     'failed': arm.failed,

@@ -103,10 +103,11 @@ def _equal_bytes(summary: Mapping[str, Any]) -> Table:
 def recall_table(summary: Mapping[str, Any]) -> Table:
   """A probe's accuracy: of each arm, and against the best of as many bytes."""
   probe = summary['probe']
+  values = f'{probe["attributes"]} value{"s"[: probe["attributes"] - 1]}'
   note = (
-    f'{probe["task"]}: {probe["records"]} records of {probe["attributes"]} values of '
-    f'{probe["alphabet"]}, {probe["bits_held"]:,.0f} bits a window; guessing is right with '
-    f'{probe["guessing"]:.4f}. *bits* are those of a window that come back (mla/probes.py).'
+    f'{probe["task"]}: {probe["records"]} records of {values} of {probe["alphabet"]}, '
+    f'{probe["bits_held"]:,.0f} bits a window; guessing is right with {probe["guessing"]:.4f}. '
+    '*bits* are those of a window that come back (mla/probes.py).'
   )
   rows = []
   for arm in summary['arms']:

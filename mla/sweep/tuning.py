@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from mla.sweep import statistics as stats
 
+FLAT = 1e-4  # nats a token
 Rates = Mapping[float, stats.Sample]  # {learning rate: {seed: loss}} of an arm; failed: inf
 
 
@@ -28,6 +29,7 @@ class Judged(NamedTuple):
   losses: dict[int, float]  # that its mean is over, by seed
   failed: list[int]  # judged seeds that failed
   tuned_on_itself: bool  # no judged seed finished: the one loss is the tuning seed's
+  at_edge: bool  # a rate beyond those tried may be better
 
 
 def judge(rates: Rates, chosen_by: Rates | None = None) -> Judged:
@@ -43,7 +45,20 @@ def judge(rates: Rates, chosen_by: Rates | None = None) -> Judged:
   finished = {s: loss for s, loss in judged.items() if math.isfinite(loss)}
   failed = [s for s in judged if s not in finished]
   losses = finished or {seed: rates[rate][seed]}
-  return Judged(rate, tuning, losses, failed, tuned_on_itself=not finished)
+  edge = _at_edge({of: sample[seed] for of, sample in choosing.items() if seed in sample}, rate)
+  return Judged(rate, tuning, losses, failed, tuned_on_itself=not finished, at_edge=edge)
+
+
+def _at_edge(losses: Mapping[float, float], rate: float) -> bool:
+  """Whether a rate is the lowest or highest tried, and better than the one beside it.
+
+  To the four digits that are told: where two of them are alike, the curve is flat.
+  """
+  tried = sorted(losses)
+  if len(tried) == 1 or rate not in (tried[0], tried[-1]):
+    return False
+  beside = tried[1] if rate == tried[0] else tried[-2]
+  return losses[beside] - losses[rate] >= FLAT
 
 
 def tuning_seed(rates: Rates) -> int:

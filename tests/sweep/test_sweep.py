@@ -18,7 +18,7 @@ from sweeps import fake_line
 
 from mla.errors import UserError
 from mla.signals import CAUGHT, StopSignal
-from mla.sweep import frontier, report, trials
+from mla.sweep import frontier, report, trials, tuning
 from mla.sweep import run as sweep
 
 ROOT = Path(__file__).parent.parent.parent
@@ -245,6 +245,17 @@ def test_a_rate_that_diverged_was_tried(tmp_path):
 
   sweep.run_sweep(some_trials(), tmp_path, engine, say=lambda line: None)
   assert not any('edge' in warning for warning in report.warnings(frontier.summarise(tmp_path)))
+
+
+@pytest.mark.parametrize('best', [1e-3, 2e-3, 3e-3])
+def test_an_edge_is_told_only_where_the_loss_still_falls_towards_it(best):
+  """All rates of a task that every arm solves end at no loss at all."""
+  for gain, falls in ((1e-6, False), (0.1, True)):
+    rates = {rate: {0: 1.5, 1: 1.5} for rate in (1e-3, 2e-3, 3e-3)}
+    rates[best][0] -= gain
+    judged = tuning.judge(rates)
+    assert judged.rate == best and judged.at_edge == (falls and best != 2e-3)
+  assert not tuning.judge({1e-3: {0: 1.5, 1: 1.5}}).at_edge
 
 
 def test_arms_of_unlike_settings_are_told(tmp_path):
