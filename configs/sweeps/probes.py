@@ -4,8 +4,9 @@
     --sweep=learning_rate=3e-3,5e-3,8e-3 --sweep=seed=0,1,2,3 --tune_on_first_seed \\
     --reference=mha --workdir=runs/payload
 
-Likewise with configs/probes/multikey.py, copy.py and mqar.py. Bytes are those of a bfloat16 cache,
-per token: 4 for each number that both layers keep.
+Likewise with configs/probes/multikey.py, copy.py and, at rates of 1e-3, 2e-3 and 3e-3, mqar.py: 30
+to 45 minutes each on two cores. Bytes are those of a bfloat16 cache, per token: 4 for each number
+that both layers keep.
 
 Every arm turns four dims of its keys (of keys of 4 and 6 two), as many as MLA's shared rotary key
 has: where position tells nothing, heads that turn as a whole would lose by what no bytes explain.
