@@ -436,8 +436,8 @@ def _one_by_one(arrays: Mapping[str, Any]) -> ocp.StandardCheckpointHandler:
   """Writes or reads no more at a time than the largest array, or many that are small: without a
   bound, as much again as the arrays take is held while they are under way.
 
-  Each piece of an array goes to a file of its own, at once: in a database of all arrays, OCDBT,
-  pieces wait in memory for their array's last. Reads either.
+  Each piece of an array goes to a file of its own: in a database of all arrays, OCDBT, pieces took
+  two to three times as much memory (docs/log.md). Reads either.
   """
   sizes = (math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())
   bound = (max(*sizes, AT_A_TIME) + 2**20) / 10**9  # what is asked for has to be less

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from mla.sweep import statistics as stats
 
-FLAT = 1e-4  # nats a token
+FLAT = 1e-4  # nats a token: rates whose losses differ by less are alike
 Rates = Mapping[float, stats.Sample]  # {learning rate: {seed: loss}} of an arm; failed: inf
 
 

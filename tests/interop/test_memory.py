@@ -39,7 +39,7 @@ def peak(work: str) -> int:
   return int(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize('shards', [1, 4])
+@pytest.mark.parametrize('shards', [1, 2, 4])
 def test_a_model_of_300_megabytes(shards, tmp_path):
   folder, sizes = write_model(tmp_path / 'their', shards)
   assert sum(sizes) > 290e6 and len(sizes) == shards

@@ -17,7 +17,7 @@ ray = pytest.importorskip('ray')
 Cluster = pytest.importorskip('ray.cluster_utils').Cluster
 jsonschema, psutil, yaml = map(pytest.importorskip, ('jsonschema', 'psutil', 'yaml'))  # Ray's
 
-LIMIT = 400  # seconds that one sweep may take, on cores that others use too
+LIMIT = 200  # seconds that one sweep may take
 
 
 def run(folder: Path, text: Path, *flags: str) -> subprocess.CompletedProcess:
