@@ -37,6 +37,7 @@ if __name__ == '__main__':
 
 from configs import base
 from mla import paths
+from mla.backends.cpu import host
 from mla.convert import compress, exporting, importing
 from mla.errors import UserError
 
@@ -48,6 +49,7 @@ def main() -> None:
 
 
 def import_() -> None:
+  host.return_freed_memory()
   folder, file = HF.value, GGUF.value
   workdir = _workdir()
   if folder is not None and file is None:
@@ -62,6 +64,7 @@ def import_() -> None:
 
 
 def export() -> None:
+  host.return_freed_memory()
   workdir, out = _workdir(), _out()
   kind = exporting.export(workdir, out, FORMAT.value, LATENT.value)
   print(f'{out}: {kind}; transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})')

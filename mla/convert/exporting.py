@@ -55,11 +55,13 @@ def export(
 
 
 def _only_tokens(model: model_lib.Decoder) -> dict[str, jax.Array]:
-  """The weights by their paths, without the rows that round the vocabulary."""
+  """The weights by their paths, without the rows that round the vocabulary; uses up the model."""
   params = flatten(nnx.state(model, nnx.Param))
   for name, axis in (('embedding/value', 0), ('w_out/value', 1)):
-    if name in params:
-      params[name] = jax.lax.slice_in_dim(params[name], 0, model.vocab, axis=axis)
+    if name in params and params[name].shape[axis] > model.vocab:
+      whole = params[name]
+      params[name] = jax.lax.slice_in_dim(whole, 0, model.vocab, axis=axis)
+      whole.delete()
   return params
 
 
@@ -67,6 +69,8 @@ def _write(folder: Path, tensors: list[layouts.Tensor], params: dict, shard: int
   """The weights, one file after another; more than one come with an index of them.
 
   `params` is used up: a stack of layers' weights goes with the last tensor that is taken from it.
+  It is deleted, not left to Python: Flax holds the arrays of a state in a cycle of references, in
+  which they would stay until the collector happens to come.
   """
   groups: list[list[layouts.Tensor]] = [[]]
   size = 0
@@ -89,7 +93,7 @@ def _write(folder: Path, tensors: list[layouts.Tensor], params: dict, shard: int
       uses.subtract(tensor.ours)
       for path in tensor.ours:
         if not uses[path]:
-          del params[f'{path}/value']
+          params.pop(f'{path}/value').delete()
     save(packed, folder / name, {'format': 'pt'})
     (folder / name).chmod(0o644)  # as the others; the library lets its owner alone read it
     table.update({tensor.name: name for tensor in group})
@@ -102,4 +106,5 @@ def _write(folder: Path, tensors: list[layouts.Tensor], params: dict, shard: int
 def _packed(tensor: layouts.Tensor, params: dict[str, jax.Array]) -> np.ndarray:
   own = [np.asarray(params[f'{path}/value']) for path in tensor.ours]
   own = own if tensor.layer is None else [array[tensor.layer] for array in own]
-  return np.ascontiguousarray(tensor.pack(*own), np.float32)
+  # A copy always: what is no more than a view would go with the array it looks at.
+  return np.array(tensor.pack(*own), np.float32, order='C')

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 import jax
 
 # glibc's mallopt parameters (malloc.h), and the largest value they take.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX, LARGEST = -1, -2, -4, -8, 2**31 - 1
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8
+LARGEST = 2**31 - 1
 MADV_HUGEPAGE, HUGE = 14, 2**21  # linux/mman.h; bytes of a huge page on x86-64 and most ARM
 DEVICE_COUNT = 'xla_force_host_platform_device_count'  # a flag of XLA's; config.update overrules it
 HEAP = 2**30  # bytes the heap grows by; only what is touched becomes memory
+BLOCK = 2**20  # bytes from which return_freed_memory gives a block back
 
 
 def use_devices(rows: int, cores: int, mesh: Mapping[str, int], threaded: bool) -> None:
@@ -41,10 +43,8 @@ def keep_freed_memory() -> None:
   hole for every block; huge pages make that growth 512 times fewer faults. Only glibc has the
   call; elsewhere nothing happens.
   """
-  if sys.platform != 'linux':
-    return
-  libc = ctypes.CDLL(None)
-  if not hasattr(libc, 'mallopt'):
+  libc = _glibc()
+  if libc is None:
     return
   for parameter, value in (
     (M_MMAP_MAX, 0),
@@ -60,3 +60,20 @@ def keep_freed_memory() -> None:
   libc.free(ctypes.c_void_p(block))
   start, end = -(-block // HUGE) * HUGE, libc.sbrk(0) // HUGE * HUGE
   libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, end - start)), MADV_HUGEPAGE)
+
+
+def return_freed_memory() -> None:
+  """Has malloc return each large block as it is freed, for work that has to hold little.
+
+  By default it keeps in every thread's arena what that has freed, up to 64 MB: after a checkpoint
+  was read, by threads as many as its pieces, 100 to 300 MB of a process that held 320 (docs/log.md).
+  """
+  libc = _glibc()
+  if libc is not None:
+    libc.mallopt(M_MMAP_THRESHOLD, BLOCK)  # which then no longer grows, as it does by default
+
+
+def _glibc() -> ctypes.CDLL | None:
+  """The C library, where it has mallopt."""
+  libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+  return libc if hasattr(libc, 'mallopt') else None
