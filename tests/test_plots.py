@@ -69,6 +69,7 @@ HARD = {
   'all of equal bytes': summary(many(12, size=lambda i: 512)),
   'thirty of equal bytes': summary(many(30, size=lambda i: 512)),
   'sizes close to each other': summary(many(16, size=lambda i: 512 + 4 * i), 'mha-0'),
+  'no power of two among them': summary(many(8, size=lambda i: 320 + 18 * i), 'mha-0'),
   'large caches': summary(many(12, size=lambda i: 163840 * (1 + i)), None, ['mha-0', 'gqa-1']),
   'long names': summary(
     many(10, name=lambda i, kind: f'{LONG}-{i}'), f'{LONG}-0', [f'{LONG}-{i}' for i in range(4)]

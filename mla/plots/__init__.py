@@ -10,11 +10,11 @@ from mla.plots.cuts import cuts
 from mla.plots.diagrams import absorption
 from mla.plots.insides import attention_maps, by_position, dtypes, int8_parts, spectra
 from mla.plots.losses import equal_bytes, frontier, latent_knob, perplexity
-from mla.plots.recalls import knees, recall
+from mla.plots.recalls import caches, knees, recall
 from mla.plots.styles import save, style
 
 __all__ = [
-  'absorption', 'attention_maps', 'bars', 'by_position', 'cache_memory', 'compressed', 'cuts',
-  'dtypes', 'equal_bytes', 'frontier', 'int8_parts', 'knees', 'latent_knob', 'perplexity', 'recall',
-  'save', 'spectra', 'stacks', 'style',
+  'absorption', 'attention_maps', 'bars', 'by_position', 'cache_memory', 'caches', 'compressed',
+  'cuts', 'dtypes', 'equal_bytes', 'frontier', 'int8_parts', 'knees', 'latent_knob', 'perplexity',
+  'recall', 'save', 'spectra', 'stacks', 'style',
 ]  # fmt: skip

@@ -8,6 +8,7 @@ report may err: a family by itself, beside those of mla/sweep/frontier.py.
 import itertools
 import math
 from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 from mla import probes
@@ -78,6 +79,43 @@ def by_arm(arms: Mapping[str, Lines], fair: Set[str], level: float) -> dict[str,
         ),
       }
   return found
+
+
+def through(runs: Lines, cache: str, usual: str = 'bfloat16') -> list[dict[str, Any]]:
+  """A sweep's trials read through two caches: by arm, what `cache` costs in accuracy and saves in
+  bytes, smallest first.
+
+  `runs` is eval.py's, with both for each trial, whose folder begins with its arm. Differences are
+  of the same weights, trial by trial; their half-widths two-sided 95 % over trials, each by itself,
+  None of a single one. UserError where a trial was read through one of them only.
+  """
+  arms: dict[str, dict[str, dict[str, Mapping[str, Any]]]] = {}
+  for run in runs:
+    trial = Path(run['workdir']).name
+    arms.setdefault(trial.split(',')[0], {}).setdefault(run['cache_dtype'], {})[trial] = run
+  found = []
+  for arm, by_cache in arms.items():
+    one, other = (
+      {trial: run['accuracy'] for trial, run in by_cache.get(name, {}).items()}
+      for name in (cache, usual)
+    )
+    if not one or one.keys() != other.keys():
+      told = f'was not read through {cache} and {usual} alike; run eval.py with both'
+      raise UserError(f'{arm}: {told}')
+    difference = stats.paired(one, other)
+    first = {name: next(iter(by_cache[name].values())) for name in (cache, usual)}
+    found.append({
+      'arm': arm,
+      'attention': first[usual]['attention'],
+      'trials': len(one),
+      'bytes': {name: run['kv_cache_bytes_per_token'] for name, run in first.items()},
+      'accuracy': {
+        cache: sum(one.values()) / len(one), usual: sum(other.values()) / len(other)
+      },
+      'difference': difference.mean,
+      'half_width': stats.finite(difference.half_width()),
+    })  # fmt: skip
+  return sorted(found, key=lambda row: (row['bytes'][usual], row['arm']))
 
 
 def knee(summary: Mapping[str, Any]) -> float:

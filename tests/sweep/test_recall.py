@@ -139,6 +139,41 @@ def test_pictures_have_no_overlapping_text(draw):
   assert not faults(figure)
 
 
+def read_through(cache: str, size: float, shares) -> list[dict]:
+  return [
+    {
+      'workdir': f'sweep/trials/c8,seed={seed}', 'attention': 'mla', 'cache_dtype': cache,
+      'kv_cache_bytes_per_token': size, 'accuracy': share,
+    }
+    for seed, share in enumerate(shares)
+  ]  # fmt: skip
+
+
+FULL, SMALL = [0.8, 0.7, 0.9], [0.79, 0.7, 0.88]
+BOTH = [*read_through('bfloat16', 48.0, FULL), *read_through('int8', 40.0, SMALL)]
+
+
+def test_what_another_cache_costs_is_told_of_the_same_weights():
+  (row,) = recall.through(BOTH, 'int8')
+  assert row['arm'] == 'c8' and row['trials'] == 3
+  assert row['bytes'] == {'bfloat16': 48.0, 'int8': 40.0}
+  assert row['accuracy'] == pytest.approx({'bfloat16': np.mean(FULL), 'int8': np.mean(SMALL)})
+  interval = stats.ttest_rel(SMALL, FULL).confidence_interval(0.95)
+  d, half = row['difference'], row['half_width']
+  np.testing.assert_allclose([d - half, d + half], interval, rtol=1e-6)
+  (alone,) = recall.through([run for run in BOTH if run['workdir'].endswith('=0')], 'int8')
+  assert alone['half_width'] is None
+  with pytest.raises(UserError, match='c8: was not read through int8 and bfloat16 alike'):
+    recall.through(BOTH[:-1], 'int8')
+
+
+def test_the_picture_of_two_caches_has_no_overlapping_text():
+  figure = Figure(figsize=(8, 4.5), layout='constrained')
+  rows = recall.through(BOTH, 'int8')
+  plots.caches(figure, {'payload': rows, 'multikey': rows}, 'What is claimed')
+  assert not faults(figure)
+
+
 def test_a_report_tells_accuracy_beside_loss(tmp_path):
   folder = made_up_probe(tmp_path)
   told = report.write(folder)

@@ -65,8 +65,8 @@ def keep_freed_memory() -> None:
 def return_freed_memory() -> None:
   """Has malloc return each large block as it is freed, for work that has to hold little.
 
-  By default it keeps in every thread's arena what that has freed, up to 64 MB: after a checkpoint
-  was read, by threads as many as its pieces, 100 to 300 MB of a process that held 320 (docs/log.md).
+  By default it keeps in every thread's arena what that has freed, up to 64 MB: once a checkpoint
+  was read, by as many threads as it has pieces, 100 to 300 MB beside the 320 in use (docs/log.md).
   """
   libc = _glibc()
   if libc is not None:
