@@ -165,7 +165,7 @@ def _scores(
       model = cut_latent(whole, config, cut)[0]
     total, body = model_lib.count_params(model)
     latent = f', {layers or cut} of the latent' if layers or len(cuts) > 1 else ''
-    say(f'{workdir}: {windows.mask.sum():,} targets through a {cache_dtype} cache{latent}')
+    say(f'{workdir}: {windows.mask.sum():,} targets, {cache_dtype} cache{latent}')
     read = read_through_cache(model, windows, cache_dtype, mesh)
     nll = read.by_window
     yield (

@@ -1,6 +1,6 @@
 """A made-up sweep, as a real one leaves it: for tests of what is made of results."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from conftest import tiny_config
@@ -76,3 +76,16 @@ def made_up_probe(folder: Path, attributes: int = 4) -> Path:
     recalled = {'accuracy': accuracy, 'bits_recalled': 100 * accuracy, 'bits_held': 64 * attributes}
     kept.add({**line, **probe, **recalled, 'bits_per_byte': None})
   return folder
+
+
+def made_up_caches(*accuracies: Sequence[float]) -> list[dict]:
+  """The runs in eval.py's JSON of trials of one arm, read through bfloat16 and int8."""
+  sizes = {'bfloat16': 48.0, 'int8': 40.0}
+  return [
+    {
+      'workdir': f'sweep/trials/c8,seed={seed}', 'attention': 'mla', 'cache_dtype': cache,
+      'kv_cache_bytes_per_token': sizes[cache], 'accuracy': share,
+    }
+    for cache, shares in zip(sizes, accuracies, strict=True)
+    for seed, share in enumerate(shares)
+  ]  # fmt: skip

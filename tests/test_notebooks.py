@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_config
-from sweeps import made_up_probe, made_up_sweep
+from sweeps import made_up_caches, made_up_probe, made_up_sweep
 
 from mla.sweep import report
 from mla.train import train_and_evaluate
@@ -30,12 +30,14 @@ def small_sweep(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def small_probes(tmp_path_factory) -> Path:
-  """Two sweeps over a probe, of records of two sizes, as results/probes has them."""
+  """What results/probes has: sweeps over records of two sizes, and one read through int8."""
   root = tmp_path_factory.mktemp('probes')
   for attributes in (4, 8):
     folder = root / f'payload_{attributes}'
     folder.mkdir()
     report.write(made_up_probe(folder, attributes))
+  runs = made_up_caches([0.8, 0.7], [0.79, 0.7])
+  (root / 'payload_int8.json').write_text(json.dumps({'runs': runs}))
   return root
 
 

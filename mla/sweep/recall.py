@@ -152,3 +152,16 @@ def claim(summaries: Sequence[Mapping[str, Any]]) -> str:
       where = 'below all of these sizes' if size == 0 else 'at none of these sizes'
     told.append(f'with {probe["bits_held"] / probe["records"]:.3g} bits a record {where}')
   return f'{summaries[0]["probe"]["task"]}: MLA is half-way from guessing {", ".join(told)}'
+
+
+def cost(panes: Mapping[str, Sequence[Mapping[str, Any]]], cache: str = 'int8') -> str:
+  """{probe: rows of through}: what `cache` costs at most, in a sentence."""
+  told = []
+  for probe, rows in panes.items():
+    worst = min(rows, key=lambda row: row['difference'])
+    kept = max(row['bytes'][cache] / max(row['bytes'].values()) for row in rows)
+    told.append(
+      f'{probe}: {cache} costs at most {max(0.0, -worst["difference"]):.4f} in accuracy '
+      f'({worst["arm"]}), and keeps {100 * kept:.0f} % of the bytes or less'
+    )
+  return '; '.join(told)

@@ -130,6 +130,25 @@ def recall_table(summary: Mapping[str, Any]) -> Table:
   return Table('Recall', note, heads, rows)
 
 
+def caches_table(probe: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+  """What recall.through tells of a sweep's trials through two caches."""
+  fewer, usual = sorted(rows[0]['bytes'], key=rows[0]['bytes'].__getitem__)
+  told = [
+    [
+      row['arm'],
+      str(row['trials']),
+      *(f'{row["bytes"][name]:,.0f}' for name in (usual, fewer)),
+      *(f'{row["accuracy"][name]:.4f}' for name in (usual, fewer)),
+      f'{row["difference"]:+.4f}',
+      _number(row['half_width']),
+    ]
+    for row in rows
+  ]
+  heads = ['arm', 'trials', f'{usual}, bytes', f'{fewer}, bytes', usual, fewer, 'difference', '+/-']
+  note = f'{probe}: accuracy through {usual} and {fewer}, of the same weights.'
+  return Table('Two caches', note, heads, told)
+
+
 def _latents(summary: Mapping[str, Any]) -> Table:
   arms = [arm for arm in summary['arms'] if arm['latent_dim']]
   if len(arms) < 2:
