@@ -39,6 +39,32 @@ def test_kept_memory_is_not_faulted_in_again():
   assert kept < usual / 10
 
 
+PINNED = """
+import re
+from mla.backends.cpu import host
+if {returned}:
+  host.return_freed_memory()
+def held():
+  return int(re.search(r'VmRSS:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024
+before = held()
+small = []
+for _ in range(2):  # by the second time malloc has learnt that blocks of 4 MB come and go
+  blocks = []
+  for _ in range(20):
+    blocks.append(b'1' * 2**22)
+    small.append(b'1' * 2**19)  # stays, and lies between them where all lie on the heap
+  del blocks
+print(held() - before - len(small) // 2)  # MB that nobody uses
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='glibc only')
+def test_returned_memory_is_held_no_longer():
+  usual, returned = (int(run(PINNED.format(returned=returned))) for returned in (False, True))
+  assert usual > 40  # of 80 MB
+  assert returned < 10
+
+
 HUGE = """
 import re
 from mla.backends.cpu import host
