@@ -5,6 +5,7 @@ Imports run downwards here as well:
   ray_engine.py     trials on a Ray cluster; restarts.py tells crashes from preemptions
   page/             report.html
   report.py         report.md and frontier.png; sections.py its tables
+  joined.py         runs that the sweep did not train, as arms of its report
   run.py            runs trials one after another, keeps their results, does nothing twice
   frontier.py       from results to arms, frontier and sweet spot; recall.py: a probe's accuracy
   tuning.py, looks.py, statistics.py

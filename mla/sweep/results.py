@@ -55,6 +55,8 @@ DONE = COMMON | {
 }
 FAILED = COMMON | {'error': str}
 
+JOINED = 'joined'  # by which a line tells that it is of a run that the sweep did not train
+
 # Of data.*, what changes no text and no token.
 WHICH_PART = {'data.eval_tokens', 'data.packing', 'data.data_dir'}
 
@@ -376,6 +378,8 @@ def costs_of(folder: Path, line: Mapping[str, Any]) -> dict[str, Any]:
   if found is not None and 'error' not in found:
     return found
   why = 'run the sweep with this arm again'
+  if line.get(JOINED):
+    why = 'the sweep did not train it'
   if found is not None:
     path = costs_path(folder, line['arm_digest'])
     why = f'{found["error"]}; remove {path} to have them compiled again'

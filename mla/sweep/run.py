@@ -83,13 +83,7 @@ def run_sweep(
   best with the others. Raises UserError if another sweep runs in the folder, or if a result there
   is damaged or of another config; Stopped on SIGTERM or Ctrl-C.
   """
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    cure = 'choose another folder'
-    raise files.cannot(f'--workdir={folder}: cannot be made', error, cure) from error
-  busy = f'--workdir={folder}: another sweep is at work there; wait for it'
-  with files.lease(folder / '.lock', busy):
+  with lease_sweep(folder):
     results = Results(folder)
     trials = results.settle(trials)
     results.rename_arms(trials)
@@ -120,6 +114,19 @@ def run_sweep(
           engine(left, folder, done)
     progress.close()
     return results.of(trials)
+
+
+@contextlib.contextmanager
+def lease_sweep(folder: Path) -> Iterator[None]:
+  """Keeps every other sweep out of the folder, which is made if need be; UserError if one is in."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    cure = 'choose another folder'
+    raise files.cannot(f'--workdir={folder}: cannot be made', error, cure) from error
+  busy = f'--workdir={folder}: another sweep is at work there; wait for it'
+  with files.lease(folder / '.lock', busy):
+    yield
 
 
 def missing(trials: Sequence[Trial], folder: Path) -> list[Trial]:
@@ -189,7 +196,8 @@ def run_trial(
       if not train(trial.config, workdir):
         return {**trial.line, 'status': 'stopped'}
       return {
-        **_score(trial, workdir),
+        **trial.line,
+        **score(workdir, trial.config.data.eval_tokens),
         'tokens_per_second': _tokens_per_second(workdir),
         'seconds': time.monotonic() - began,
       }
@@ -205,9 +213,12 @@ def run_trial(
     stop.restore()
 
 
-def _score(trial: Trial, workdir: Path) -> dict[str, Any]:
-  """The line of a trial that is trained, without its speed."""
-  scores = score_widths(workdir, CACHE_DTYPE, max_tokens=trial.config.data.eval_tokens)
+def score(workdir: Path, max_tokens: int) -> dict[str, Any]:
+  """What the line of a run that is trained tells of it, but for whose it is and its speed.
+
+  Diverged if its loss is not finite; UserError as eval.py's.
+  """
+  scores = score_widths(workdir, CACHE_DTYPE, max_tokens=max_tokens)
   # The report's interval is over seeds, and which devices a trial met is no result.
   left_out = {
     *'workdir layer_dims perplexity_ci95 loss_by_position loss_by_bigram'.split(),
@@ -221,7 +232,7 @@ def _score(trial: Trial, workdir: Path) -> dict[str, Any]:
     kept = {name: value for name, value in figures.items() if name not in left_out}
     found.append({'loss': loss, **kept, 'window_nll': [float(value) for value in nll]})
   whole, *prefixes = found
-  line = {**trial.line, 'status': 'done', **whole}
+  line = {'status': 'done', **whole}
   if prefixes:
     told = (*widths.FIGURES, *widths.OF_SOME, 'window_nll')
     line['prefixes'] = [

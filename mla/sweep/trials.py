@@ -63,7 +63,7 @@ class Trial:
   def arm_digest(self) -> str:
     """The same for all trials of an arm that may be averaged: without what they differ in."""
     fields = learned(self.config) | {'eval_tokens': self.config.data.eval_tokens}
-    return _hash({name: value for name, value in fields.items() if name not in REPEATED})
+    return hash_of({name: value for name, value in fields.items() if name not in REPEATED})
 
   @property
   def settings(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class Trial:
 
 
 def digest(config: ConfigDict, workdir: Path | None = None) -> str:
-  return _hash(learned(config, workdir))
+  return hash_of(learned(config, workdir))
 
 
 def learned(config: ConfigDict, workdir: Path | None = None) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def learned(config: ConfigDict, workdir: Path | None = None) -> dict[str, Any]:
   return fields
 
 
-def _hash(fields: Mapping[str, Any]) -> str:
+def hash_of(fields: Mapping[str, Any]) -> str:
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -296,6 +296,16 @@ def _is_sweep(folder: Path) -> bool:
   return held <= {'.lock', 'logs', 'ray', 'starts'} or bool(held & {'trials', 'results.jsonl'})
 
 
+def check_folder(folder: Path) -> None:
+  """UserError if what is there, where anything is, is no sweep."""
+  try:
+    ours = not folder.exists() or (folder.is_dir() and _is_sweep(folder))
+  except OSError as error:
+    raise files.cannot(f'--workdir={folder}: cannot be read', error, 'choose another') from error
+  if not ours:
+    raise UserError(f'--workdir={folder}: is not empty and holds no sweep; choose another folder')
+
+
 def check(
   trials: Sequence[Trial], folder: Path, *, on_these_devices: bool = True
 ) -> list[dict[str, Any]]:
@@ -305,12 +315,7 @@ def check(
   lines, with the digest of the text and tokenizer that lie here (data_digest). Raises UserError,
   naming the trial where it is one's, before anything trains.
   """
-  try:
-    ours = not folder.exists() or (folder.is_dir() and _is_sweep(folder))
-  except OSError as error:
-    raise files.cannot(f'--workdir={folder}: cannot be read', error, 'choose another') from error
-  if not ours:
-    raise UserError(f'--workdir={folder}: is not empty and holds no sweep; choose another folder')
+  check_folder(folder)
   texts: dict[str, Data] = {}
   models: dict[str, Any] = {}
   shapes: dict[str, str] = {}  # the models', to find equal ones by
@@ -332,7 +337,7 @@ def check(
         shapes[trial.arm] = repr(models[trial.arm])
       rest = learned(trial.config)
       rest = {name: value for name, value in rest.items() if name not in MODEL_FIELDS}
-      other = first.setdefault(_hash({'rest': rest, 'shapes': shapes[trial.arm]}), trial)
+      other = first.setdefault(hash_of({'rest': rest, 'shapes': shapes[trial.arm]}), trial)
       if other is not trial and models[other.arm] == models[trial.arm]:
         raise UserError(_repeats(trial, other))
     except UserError as error:

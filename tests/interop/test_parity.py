@@ -15,7 +15,10 @@ from mla import generate as generate_lib
 from mla import rope_scaling
 from mla.convert import exporting, importing, vocabulary
 from mla.data.tokenizers import ByteTokenizer
+from mla.errors import UserError
+from mla.evaluate import score_run
 from mla.model import allocate_cache, forward, generate
+from mla.sweep import joined, report
 from mla.workdir import read_config
 
 LENGTH = 160  # beyond the original context of the scaled cases
@@ -76,6 +79,21 @@ def test_exported_and_imported_again(case, text, tmp_path):
   for name in ('attention', 'norm_eps', 'rope_base', 'tie_embeddings', 'ffn_dim'):
     assert after[name] == before[name], name
   assert rope_scaling.parse(after.rope_scaling) == rope_scaling.parse(before.rope_scaling)
+
+
+def test_an_imported_run_stands_in_a_report(text, tmp_path):
+  """But not with the run it came from, whose tokens are bytes and not those of a tokenizer.json."""
+  workdir = plant(tiny_config('gqa', value_head_dim=0), tmp_path / 'run', text)
+  exporting.export(workdir, tmp_path / 'out', 'auto')
+  fields = base.get_config()
+  fields.data.files, fields.data.eval_tokens = str(text), 256
+  importing.import_folder(tmp_path / 'out', fields, tmp_path / 'one')
+  figures, nll = score_run(tmp_path / 'one', 'bfloat16', max_tokens=256)
+  line = joined.join(tmp_path / 'report', tmp_path / 'one')
+  assert line['loss'] == pytest.approx(nll.sum() / figures['tokens_evaluated'], abs=1e-6)
+  assert 'one: one seed, so no interval' in report.write(tmp_path / 'report')
+  with pytest.raises(UserError, match='nats a token of the two cannot be compared'):
+    joined.join(tmp_path / 'report', workdir)
 
 
 def test_the_least_width_of_a_nested_run(text, tmp_path):
