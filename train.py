@@ -70,7 +70,7 @@ def main() -> int:
     hosts.join(COORDINATOR.value, PROCESS_ID.value, NUM_PROCESSES.value)
   source = None if INIT_FROM.value is None else paths.folder('init_from', INIT_FROM.value)
   if source is not None:
-    read_config(source)  # refused before anything is made
+    read_config(source, 'init_from')  # refused before anything is made
   prepare()
   ending = train_and_evaluate(
     CONFIG.value,

@@ -59,7 +59,7 @@ def weights(source: Path, config: ConfigDict, tokenizer: str, params: Any) -> tu
 
   `tokenizer` is the digest of this run's. UserError that names the first weight that does not fit.
   """
-  theirs = read_config(source)
+  theirs = read_config(source, 'init_from')
   checkpoints = Checkpoints(source)
   saved, shapes = checkpoints.newest()
   if saved.get('tokenizer', tokenizer) != tokenizer:

@@ -125,8 +125,9 @@ def _make(workdir: Path) -> None:
     ) from error
 
 
-def read_config(workdir: Path) -> ConfigDict:
-  """The config of the run in workdir; UserError if there is none, or it breaks a rule.
+def read_config(workdir: Path, flag: str = 'workdir') -> ConfigDict:
+  """The config of the run in workdir, which --flag named; UserError if there is none, or it breaks
+  a rule.
 
   Fields that came after the run have the value that gives what it did.
   """
@@ -134,11 +135,9 @@ def read_config(workdir: Path) -> ConfigDict:
   cure = 'restore it or train again elsewhere'
   try:
     if not path.exists() and (workdir / 'trials').is_dir():
-      raise UserError(f'--workdir={workdir}: is a sweep; its runs are the folders in its trials/')
+      raise UserError(f'--{flag}={workdir}: is a sweep; its runs are the folders in its trials/')
     if not path.exists():
-      raise UserError(
-        f'--workdir={workdir}: no run there (config.json is missing); train one first'
-      )
+      raise UserError(f'--{flag}={workdir}: no run there (config.json is missing); train one first')
   except OSError as error:
     raise files.cannot(f'{path}: cannot be read', error, cure) from error
   return config_lib.from_json(files.read_json(path, cure), path)

@@ -152,3 +152,8 @@ def test_what_no_shape_shows_is_told(source, caplog):
   tokenizer = Checkpoints(source).newest()[0]['tokenizer']
   init_from.weights(source, config, tokenizer, params_of(config))
   assert 'nested= there, 4,8,14 here' in caplog.text
+
+
+def test_a_source_that_is_not_there_is_told_by_its_flag(tmp_path, text):
+  with pytest.raises(UserError, match='--init_from=.*gone: no run there'):
+    init_from.weights(tmp_path / 'gone', config_of(text), 'digest', None)

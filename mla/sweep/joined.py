@@ -24,7 +24,7 @@ def join(folder: Path, workdir: Path) -> dict[str, Any]:
   another arm of that name, or has read another text or other tokens, or is at work, or is none;
   Diverged if the run's loss is not finite.
   """
-  config = read_config(workdir)
+  config = read_config(workdir, 'run')
   trials.check_folder(folder)
   there = read_lines(folder / 'results.jsonl')
   name = trials.file_name(workdir.absolute().name)

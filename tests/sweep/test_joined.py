@@ -71,6 +71,8 @@ def test_what_cannot_stand_there_is_refused_and_changes_nothing(runs, tmp_path):
   before = (folder / 'results.jsonl').read_bytes()
   with pytest.raises(UserError, match='the sweep has an arm mha of its own; rename the folder'):
     joined.join(folder, runs / 'mha')
+  with pytest.raises(UserError, match='--run=.*/gone: no run there'):
+    joined.join(folder, runs / 'gone')
   with pytest.raises(UserError, match='is not empty and holds no sweep'):
     joined.join(runs, runs / 'mha')
   assert (folder / 'results.jsonl').read_bytes() == before
