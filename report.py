@@ -28,7 +28,7 @@ MARGIN = flags.DEFINE_float('margin', None, 'nats a token that the sweet spot ma
 if __name__ == '__main__':
   cli.begin()
 
-from mla import files, paths
+from mla import backends, evaluate, files, paths
 from mla.errors import UserError
 from mla.fields import flatten
 from mla.sweep import frontier, joined, page, report
@@ -47,6 +47,8 @@ def main() -> None:
   margin = kept.get('margin', frontier.MARGIN) if MARGIN.value is None else MARGIN.value
   if not 0 <= margin < math.inf:
     raise UserError(f'--margin={margin}: must be 0 or positive, and finite')
+  if runs:
+    backends.prepare(evaluate.BATCH)
   for run in runs:
     line = joined.join(folder, run)
     print(f'{run}: loss {line["loss"]:.4f} over {line["tokens_evaluated"]:,} targets')

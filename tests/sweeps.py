@@ -84,7 +84,7 @@ def made_up_caches(*accuracies: Sequence[float]) -> list[dict]:
   return [
     {
       'workdir': f'sweep/trials/c8,seed={seed}', 'attention': 'mla', 'cache_dtype': cache,
-      'kv_cache_bytes_per_token': sizes[cache], 'accuracy': share,
+      'latent_dim': 8, 'kv_cache_bytes_per_token': sizes[cache], 'accuracy': share,
     }
     for cache, shares in zip(sizes, accuracies, strict=True)
     for seed, share in enumerate(shares)

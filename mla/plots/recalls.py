@@ -54,30 +54,32 @@ def recall(figure: Figure, summaries: Sequence[Mapping[str, Any]], title: str) -
 def caches(figure: Figure, panes: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> None:
   """{probe: rows of recall.through}, a panel each: every arm through its two caches.
 
-  Full where the cache is the usual one, hollow where it is the other, which keeps fewer bytes.
+  Full where the cache is the usual one, hollow where it is the other.
   """
   every = list(figure.subplots(1, len(panes), sharey=True, squeeze=False)[0])
   labels.headline(figure, title)
   family = styles(row['attention'] for rows in panes.values() for row in rows)
   shown = [[size for row in rows for size in row['bytes'].values()] for rows in panes.values()]
   limits = panels.log_limits([size for sizes in shown for size in sizes])
-  names: Sequence[str] = ()
+  usual, cache = next(iter(panes.values()))[0]['bytes']
   for axes, (probe, rows) in zip(every, panes.items(), strict=True):
     axes.set_title(probe, loc='left', fontsize='medium')
     for row in rows:
-      look, names = family[row['attention']], sorted(row['bytes'], key=row['bytes'].__getitem__)
-      (fewer, size), (other, accuracy) = (
-        [row[what][name] for name in names] for what in ('bytes', 'accuracy')
+      look = family[row['attention']]
+      (x, other_x), (y, other_y) = (
+        [row[what][name] for name in (usual, cache)] for what in ('bytes', 'accuracy')
       )
-      axes.plot([fewer, size], [other, accuracy], color=look.colour, linewidth=1)
-      axes.plot([size], [accuracy], color=look.colour, marker=look.marker)
-      axes.plot([fewer], [other], color=look.colour, marker=look.marker, markerfacecolor='white')
+      axes.plot([x, other_x], [y, other_y], color=look.colour, linewidth=1)
+      axes.plot([x], [y], color=look.colour, marker=look.marker)
+      axes.plot(
+        [other_x], [other_y], color=look.colour, marker=look.marker, markerfacecolor='white'
+      )
     axes.set_ylim(-0.03, 1.06)
     panels.log_axis(axes, limits)
     axes.set_xlabel('KV cache, bytes per token')
   every[0].set_ylabel('share of answers that are right')
   keys: list[Artist] = [panels.key(look) for look in family.values()]
-  keys += [panels.verdict_key(name, hollow=name == names[0]) for name in reversed(names)]
+  keys += [panels.verdict_key(name, hollow=name == cache) for name in (usual, cache)]
   labels.legend(figure, keys, columns=len(keys))
   labels.settle(figure)
   for axes, sizes in zip(every, shown, strict=True):

@@ -50,6 +50,11 @@ class Arm(NamedTuple):
     return self.lines[0]['latent_dim']
 
   @property
+  def joined(self) -> bool:
+    """The sweep did not train it."""
+    return bool(self.lines[0].get(results.JOINED))
+
+  @property
   def trained(self) -> str:
     """The arm whose runs it is read from: its own, but for a prefix of a nested latent."""
     return self.lines[0].get('prefix_of', self.name)
@@ -59,9 +64,10 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
   """What frontier.json holds, from results.jsonl, windows.npz and looks.json; arms by cache bytes.
 
   `reference` is the arm that differences and the margin are taken against; '' takes the one with
-  the largest cache of those without failures (of equals the one with the lowest loss). Raises
-  UserError if nothing is done, the reference is not there, or trials are of unlike texts or tokens.
-  A number that the data does not give is None. The order of the lines plays no part.
+  the largest cache of those without failures that the sweep trained (of equals the one with the
+  lowest loss). Raises UserError if nothing is done, the reference is not there, or trials are of
+  unlike texts or tokens. A number that the data does not give is None. The order of the lines plays
+  no part.
   """
   path = folder / 'results.jsonl'
   lines = results.unlike(results.read_lines(path))
@@ -73,11 +79,7 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
   by_name = {arm.name: arm for arm in arms}
   if reference and reference not in by_name:
     raise UserError(f'--reference={reference}: no such arm; choose one of {", ".join(by_name)}')
-  base = (
-    by_name[reference]
-    if reference
-    else min(arms, key=lambda arm: (not arm.whole, arm.judged.tuned_on_itself, -arm.size))
-  )
+  base = by_name[reference] if reference else min(arms, key=_as_reference)
   done = [line for line in lines if line['status'] == 'done']
   seeds = sorted({line['seed'] for line in done})
   history, look = looks.history(
@@ -124,6 +126,11 @@ def summarise(folder: Path, reference: str = '', margin: float = MARGIN) -> dict
       for arm in arms
     ],
   }
+
+
+def _as_reference(arm: Arm) -> tuple:
+  """The least is the best: a run that the sweep did not train only where there is no other."""
+  return not arm.whole, arm.judged.tuned_on_itself, arm.joined, -arm.size
 
 
 def _of_one_text(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -202,6 +209,7 @@ def _figures(arm: Arm, folder: Path) -> dict[str, Any]:
     'tokens_per_second': middle.median(speeds) if speeds else None,
     'failed': arm.failed,
     **({'prefix_of': arm.trained} if arm.trained != arm.name else {}),
+    **({'joined': True} if arm.joined else {}),
   }
 
 

@@ -6,6 +6,7 @@ but loss and bytes.
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +21,49 @@ from mla.workdir import read_config
 def join(folder: Path, workdir: Path) -> dict[str, Any]:
   """Reads the run and keeps its line with the sweep's, in place of an earlier one; returns it.
 
-  Its arm is called as the run's folder. The sweep's folder is made if need be. UserError if it has
-  another arm of that name, or has read another text or other tokens, or is at work, or is none;
-  Diverged if the run's loss is not finite.
+  Its arm is called as the run's folder. The sweep's folder is made if need be, and kept from other
+  sweeps meanwhile. UserError if the folder is none, is at work, has another arm of that name or
+  these weights by another, or has read another text or other tokens or does not say which; Diverged
+  if the run's loss is not finite.
   """
   config = read_config(workdir, 'run')
+  if not Checkpoints(workdir).steps():
+    raise UserError(f'--run={workdir}: the run has no checkpoint yet; train it first')
   trials.check_folder(folder)
-  there = read_lines(folder / 'results.jsonl')
   name = trials.file_name(workdir.absolute().name)
-  if any(name in (line['trial'], line['arm']) and not line.get(JOINED) for line in there):
-    raise UserError(f'--run={workdir}: the sweep has an arm {name} of its own; rename the folder')
-  told = {**there[0].get('settings', {}), **there[0]['fields']} if there else {}
-  targets = int(told.get('data.eval_tokens', config.data.eval_tokens))
-  scored = run.score(workdir, targets)
   learned = trials.learned(config, workdir)
-  which = {**learned, 'weights': _weights(workdir)}
-  line = {
-    'trial': name,
-    'arm': name,
-    'seed': config.seed,
-    'learning_rate': config.learning_rate,
-    'fields': {},
-    'digest': trials.hash_of(which),
-    'arm_digest': trials.hash_of({**which, 'eval_tokens': targets}),
-    # What decides what is read of it; the rest of its config is no setting of this sweep.
-    'settings': {
-      **{key: value for key, value in learned.items() if key.startswith('data.')},
-      'data.eval_tokens': targets,
-      'seq_len': config.seq_len,
-    },
-    **scored,
-    'tokens_per_second': None,
-    JOINED: True,
-  }
+  which = trials.hash_of(learned)
   with run.lease_sweep(folder):
+    there = read_lines(folder / 'results.jsonl')
+    for line in there:
+      if name in (line['trial'], line['arm']) and line.get(JOINED) != which:
+        raise UserError(f'--run={workdir}: the sweep has another arm {name}; rename the folder')
+    if there and not any('data_digest' in line for line in there):
+      raise UserError(
+        f'{folder}: its results, of an older version, do not say which text they are of, so that '
+        f'--run={workdir} might be of another; give a --workdir of its own'
+      )
+    targets = _targets(there) or config.data.eval_tokens
+    scored = run.score(workdir, targets)
+    weights = {**learned, 'weights': _weights(workdir, scored['step'])}
+    line = {
+      'trial': name,
+      'arm': name,
+      'seed': config.seed,
+      'learning_rate': config.learning_rate,
+      'fields': {},
+      'digest': trials.hash_of(weights),
+      'arm_digest': trials.hash_of({**weights, 'eval_tokens': targets}),
+      # What decides what is read of it; the rest of its config is no setting of this sweep.
+      'settings': {
+        **{key: value for key, value in learned.items() if key.startswith('data.')},
+        'data.eval_tokens': targets,
+        'seq_len': config.seq_len,
+      },
+      **scored,
+      'tokens_per_second': None,
+      JOINED: which,
+    }
     results = Results(folder)
     other = results.other_text(line)
     if other is not None:
@@ -61,12 +71,20 @@ def join(folder: Path, workdir: Path) -> dict[str, Any]:
         f'--run={workdir}: did not read the text of trial {other["trial"]} in its tokens, and nats '
         'a token of the two cannot be compared; give a --workdir of its own'
       )
+    for other in there:
+      if other['digest'] == line['digest'] and other['trial'] != name:
+        raise UserError(f'--run={workdir}: its weights stand there already, as {other["trial"]}')
     results.add(line)
   return line
 
 
-def _weights(workdir: Path) -> str:
-  """Which they are, by the newest checkpoint: two runs of one config may hold others."""
-  step = Checkpoints(workdir).steps()[-1]
+def _targets(lines: Sequence[dict[str, Any]]) -> int | None:
+  """On how many the sweep's trials are read; None if no line tells."""
+  told = ({**line.get('settings', {}), **line['fields']} for line in lines)
+  return next((int(of['data.eval_tokens']) for of in told if 'data.eval_tokens' in of), None)
+
+
+def _weights(workdir: Path, step: int) -> str:
+  """Which they are: two runs of one config may hold others."""
   sums = workdir / 'checkpoints' / str(step) / checksums.NAME
   return f'{step} {hashlib.sha256(sums.read_bytes()).hexdigest() if sums.exists() else ""}'

@@ -14,6 +14,8 @@ from typing import Any
 from mla import probes
 from mla.errors import UserError
 from mla.sweep import statistics as stats
+from mla.sweep import widths
+from mla.sweep.trials import REPEATED
 
 SIZES = ('records', 'attributes', 'alphabet')
 
@@ -85,14 +87,19 @@ def through(runs: Lines, cache: str, usual: str = 'bfloat16') -> list[dict[str, 
   """A sweep's trials read through two caches: by arm, what `cache` costs in accuracy and saves in
   bytes, smallest first.
 
-  `runs` is eval.py's, with both for each trial, whose folder begins with its arm. Differences are
-  of the same weights, trial by trial; their half-widths two-sided 95 % over trials, each by itself,
+  `runs` is eval.py's, with both for each trial; a trial's folder is called as its arm, and behind
+  it by its rate and seed. Where an arm has several latents, each width is one. Differences are of
+  the same weights, trial by trial; their half-widths two-sided 95 % over trials, each by itself,
   None of a single one. UserError where a trial was read through one of them only.
   """
+  latents: dict[str, set[int | None]] = {}
+  for run in runs:
+    latents.setdefault(_arm(run), set()).add(run['latent_dim'])
   arms: dict[str, dict[str, dict[str, Mapping[str, Any]]]] = {}
   for run in runs:
-    trial = Path(run['workdir']).name
-    arms.setdefault(trial.split(',')[0], {}).setdefault(run['cache_dtype'], {})[trial] = run
+    arm, latent = _arm(run), run['latent_dim']
+    arm = arm if len(latents[arm]) == 1 else widths.name(arm, latent)
+    arms.setdefault(arm, {}).setdefault(run['cache_dtype'], {})[run['workdir']] = run
   found = []
   for arm, by_cache in arms.items():
     one, other = (
@@ -103,19 +110,25 @@ def through(runs: Lines, cache: str, usual: str = 'bfloat16') -> list[dict[str, 
       told = f'was not read through {cache} and {usual} alike; run eval.py with both'
       raise UserError(f'{arm}: {told}')
     difference = stats.paired(one, other)
-    first = {name: next(iter(by_cache[name].values())) for name in (cache, usual)}
+    first = {name: next(iter(by_cache[name].values())) for name in (usual, cache)}
     found.append({
       'arm': arm,
       'attention': first[usual]['attention'],
       'trials': len(one),
       'bytes': {name: run['kv_cache_bytes_per_token'] for name, run in first.items()},
       'accuracy': {
-        cache: sum(one.values()) / len(one), usual: sum(other.values()) / len(other)
+        usual: sum(other.values()) / len(other), cache: sum(one.values()) / len(one)
       },
       'difference': difference.mean,
       'half_width': stats.finite(difference.half_width()),
     })  # fmt: skip
   return sorted(found, key=lambda row: (row['bytes'][usual], row['arm']))
+
+
+def _arm(run: Mapping[str, Any]) -> str:
+  """A trial's folder without what an arm's trials differ in."""
+  parts = Path(run['workdir']).name.split(',')
+  return ','.join(part for part in parts if part.split('=')[0] not in REPEATED)
 
 
 def knee(summary: Mapping[str, Any]) -> float:
@@ -154,14 +167,16 @@ def claim(summaries: Sequence[Mapping[str, Any]]) -> str:
   return f'{summaries[0]["probe"]["task"]}: MLA is half-way from guessing {", ".join(told)}'
 
 
-def cost(panes: Mapping[str, Sequence[Mapping[str, Any]]], cache: str = 'int8') -> str:
-  """{probe: rows of through}: what `cache` costs at most, in a sentence."""
+def cost(
+  panes: Mapping[str, Sequence[Mapping[str, Any]]], cache: str = 'int8', usual: str = 'bfloat16'
+) -> str:
+  """{probe: rows of through}: the arm whose mean `cache` costs most, in a sentence."""
   told = []
   for probe, rows in panes.items():
     worst = min(rows, key=lambda row: row['difference'])
-    kept = max(row['bytes'][cache] / max(row['bytes'].values()) for row in rows)
+    kept = [100 * row['bytes'][cache] / row['bytes'][usual] for row in rows]
     told.append(
-      f'{probe}: {cache} costs at most {max(0.0, -worst["difference"]):.4f} in accuracy '
-      f'({worst["arm"]}), and keeps {100 * kept:.0f} % of the bytes or less'
+      f'{probe}: through {cache}, in {min(kept):.0f} to {max(kept):.0f} % of the bytes, the mean '
+      f'accuracy of an arm changes by {worst["difference"]:+.4f} at worst ({worst["arm"]})'
     )
   return '; '.join(told)

@@ -164,7 +164,9 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
   found += [f'{arm}: none of its trials finished' for arm in summary['failed_arms']]
   for arm in summary['arms']:
     name, tried = arm['arm'], arm['learning_rates_tried']
-    if arm['learning_rate_at_edge']:
+    if 'joined' in arm:
+      found.append(f'{name}: the sweep did not train it; how it was trained is not compared')
+    elif arm['learning_rate_at_edge']:
       found.append(
         f'{name}: its best learning rate, {arm["learning_rate"]:g}, is an edge of those tried'
       )
@@ -185,7 +187,7 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
       )
     elif arm['half_width'] is None:
       found.append(f'{name}: one seed, so no interval')
-    if 'costs_unknown' in arm:
+    if 'costs_unknown' in arm and 'joined' not in arm:
       found.append(f'{name}: what its training costs is not known ({arm["costs_unknown"]})')
   two = [arm['arm'] for arm in summary['arms'] if arm['seeds'] == 2]
   if two:

@@ -55,7 +55,7 @@ DONE = COMMON | {
 }
 FAILED = COMMON | {'error': str}
 
-JOINED = 'joined'  # by which a line tells that it is of a run that the sweep did not train
+JOINED = 'joined'  # where a run stands that the sweep did not train: a hash of its config
 
 # Of data.*, what changes no text and no token.
 WHICH_PART = {'data.eval_tokens', 'data.packing', 'data.data_dir'}
@@ -119,6 +119,11 @@ class Results:
         there = find_workdirs(self._folder) if there is None else there
         name = there.get(trial.digest, name)
       of_arm, same_name = arms.get(trial.arm, trial.line), self._lines.get(name, trial.line)
+      if of_arm.get(JOINED):
+        raise UserError(
+          f'trial {name}: {self._path} holds a run of that name that the sweep did not train '
+          '(report.py --run); give the arm another name, or take that line out'
+        )
       if of_arm['arm_digest'] != trial.arm_digest:
         raise UserError(
           f'trial {name}: {self._path} holds trials of {trial.arm} with '
@@ -378,8 +383,6 @@ def costs_of(folder: Path, line: Mapping[str, Any]) -> dict[str, Any]:
   if found is not None and 'error' not in found:
     return found
   why = 'run the sweep with this arm again'
-  if line.get(JOINED):
-    why = 'the sweep did not train it'
   if found is not None:
     path = costs_path(folder, line['arm_digest'])
     why = f'{found["error"]}; remove {path} to have them compiled again'

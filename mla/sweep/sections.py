@@ -132,20 +132,20 @@ def recall_table(summary: Mapping[str, Any]) -> Table:
 
 def caches_table(probe: str, rows: Sequence[Mapping[str, Any]]) -> Table:
   """What recall.through tells of a sweep's trials through two caches."""
-  fewer, usual = sorted(rows[0]['bytes'], key=rows[0]['bytes'].__getitem__)
+  usual, cache = rows[0]['bytes']
   told = [
     [
       row['arm'],
       str(row['trials']),
-      *(f'{row["bytes"][name]:,.0f}' for name in (usual, fewer)),
-      *(f'{row["accuracy"][name]:.4f}' for name in (usual, fewer)),
+      *(f'{row["bytes"][name]:,.0f}' for name in (usual, cache)),
+      *(f'{row["accuracy"][name]:.4f}' for name in (usual, cache)),
       f'{row["difference"]:+.4f}',
       _number(row['half_width']),
     ]
     for row in rows
   ]
-  heads = ['arm', 'trials', f'{usual}, bytes', f'{fewer}, bytes', usual, fewer, 'difference', '+/-']
-  note = f'{probe}: accuracy through {usual} and {fewer}, of the same weights.'
+  heads = ['arm', 'trials', f'{usual}, bytes', f'{cache}, bytes', usual, cache, 'difference', '+/-']
+  note = f'{probe}: accuracy through {usual} and {cache}, of the same weights.'
   return Table('Two caches', note, heads, told)
 
 

@@ -45,8 +45,9 @@ def test_a_model_of_300_megabytes(shards, tmp_path):
   assert sum(sizes) > 290e6 and len(sizes) == shards
   run, out = tmp_path / 'run', tmp_path / 'out'
   assert peak('import', f'--hf={folder}', f'--workdir={run}') <= sum(sizes) + 1.3 * max(sizes)
-  # It writes a single file, of less than 5 GB.
-  assert peak('export', f'--workdir={run}', f'--out={out}') <= sum(sizes) + 1.3 * sum(sizes)
+  # It writes a single file, of less than 5 GB, and so might hold 2.3 times its size. It holds 1.52:
+  # in the room between the two malloc could keep what was freed unseen.
+  assert peak('export', f'--workdir={run}', f'--out={out}') <= 1.65 * sum(sizes)
 
 
 def write_model(folder: Path, shards: int) -> tuple[Path, list[int]]:

@@ -154,10 +154,30 @@ def test_what_another_cache_costs_is_told_of_the_same_weights():
   (alone,) = recall.through([run for run in BOTH if run['workdir'].endswith('=0')], 'int8')
   assert alone['half_width'] is None
   assert recall.cost({'payload': [row]}) == (
-    'payload: int8 costs at most 0.0100 in accuracy (c8), and keeps 83 % of the bytes or less'
+    'payload: through int8, in 83 to 83 % of the bytes, the mean accuracy of an arm changes by '
+    '-0.0100 at worst (c8)'
   )
   with pytest.raises(UserError, match='c8: was not read through int8 and bfloat16 alike'):
     recall.through(BOTH[:-1], 'int8')
+
+
+def test_arms_are_told_apart_by_all_that_names_them():
+  """By fields with commas between, and by the width of a nested latent, of which each has a row."""
+  named = [
+    {**run, 'workdir': f'trials/attention=mla,latent_dim={c},learning_rate=0.1,seed={seed}'}
+    for c in (4, 16)
+    for seed in (0, 1)
+    for run in (BOTH[0], BOTH[3])
+  ]
+  assert {row['arm']: row['trials'] for row in recall.through(named, 'int8')} == {
+    'attention=mla,latent_dim=4': 2,
+    'attention=mla,latent_dim=16': 2,
+  }
+  nested = [{**run, 'latent_dim': width} for width in (8, 4) for run in BOTH]
+  assert {row['arm']: row['trials'] for row in recall.through(nested, 'int8')} == {
+    'c8@4': 3,
+    'c8@8': 3,
+  }
 
 
 def test_the_picture_of_two_caches_has_no_overlapping_text():

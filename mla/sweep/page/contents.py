@@ -16,6 +16,7 @@ from mla.errors import UserError
 from mla.plots import panels
 from mla.plots.styles import BAND, GREY, PALE, Style, styles
 from mla.sweep import frontier, report, sections
+from mla.sweep.results import JOINED
 from mla.tables import Table
 
 SYMBOLS = {
@@ -150,6 +151,8 @@ def _training(
   if not used:
     return {'command': [], 'remark': 'Of its trials no line is here.'}
   first, *others = sorted(used, key=lambda line: line['seed'])
+  if first.get(JOINED):
+    return {'command': [], 'remark': 'The sweep did not train it.'}
   remark = ''
   if others:
     seeds = ', '.join(str(line['seed']) for line in others)
