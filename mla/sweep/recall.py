@@ -167,16 +167,13 @@ def claim(summaries: Sequence[Mapping[str, Any]]) -> str:
   return f'{summaries[0]["probe"]["task"]}: MLA is half-way from guessing {", ".join(told)}'
 
 
-def cost(
-  panes: Mapping[str, Sequence[Mapping[str, Any]]], cache: str = 'int8', usual: str = 'bfloat16'
-) -> str:
+def cost(panes: Mapping[str, Sequence[Mapping[str, Any]]], cache: str = 'int8') -> str:
   """{probe: rows of through}: the arm whose mean `cache` costs most, in a sentence."""
-  told = []
-  for probe, rows in panes.items():
-    worst = min(rows, key=lambda row: row['difference'])
-    kept = [100 * row['bytes'][cache] / row['bytes'][usual] for row in rows]
-    told.append(
-      f'{probe}: through {cache}, in {min(kept):.0f} to {max(kept):.0f} % of the bytes, the mean '
-      f'accuracy of an arm changes by {worst["difference"]:+.4f} at worst ({worst["arm"]})'
-    )
-  return '; '.join(told)
+  probe, worst = min(
+    ((probe, row) for probe, rows in panes.items() for row in rows),
+    key=lambda found: found[1]['difference'],
+  )
+  return (
+    f'Through {cache} the mean accuracy of an arm changes by {worst["difference"]:+.4f} at worst '
+    f'({worst["arm"]}, {probe})'
+  )
