@@ -1,10 +1,11 @@
 """One nested run, four widths, beside a run for each width; and one of twice the steps.
 
-  python sweep.py --config=configs/mla_small.py --arms=configs/sweeps/nested.py \
-    --config.num_steps=800 --config.warmup_steps=150 --config.eval_every=800 \
-    --sweep=learning_rate=3e-3 --sweep=seed=1,2,3,4,5 --reference=mla-c64 --workdir=runs/nested
+  python sweep.py --config=configs/mla_small.py --arms=configs/sweeps/nested.py \\
+    --config.num_steps=800 --config.warmup_steps=150 --config.eval_every=800 \\
+    --sweep=learning_rate=1.5e-3,3e-3,6e-3 --sweep=seed=0,1,2,3,4,5 --tune_on_first_seed \\
+    --reference=mla-c64 --workdir=runs/nested
 
-30 trials; each `nested` is judged as four arms, nested@8 to nested@32 and, whole, nested, and so is
+48 trials; each `nested` is judged as four arms, nested@8 to nested@32 and, whole, nested, and so is
 `nested-twice`, whose schedule is twice as long. The separate arms are those of frontier.py: where
 its results.jsonl and windows.npz are copied to the workdir first, theirs are taken as done.
 """
