@@ -89,6 +89,8 @@ def test_a_notebook_runs(path, small_sweep, small_probes, tiny_run):
 def test_a_notebook_is_committed_with_its_outputs(path):
   code = cells(path, 'code')
   assert any('image/png' in out.get('data', {}) for cell in code for out in cell['outputs'])
+  # In one go: a cell put in later by hand, with another's outputs, has another's number.
+  assert [cell['execution_count'] for cell in code] == [*range(1, len(code) + 1)]
   for cell in code:
     assert not any(out['output_type'] == 'error' for out in cell['outputs'])
     assert len(''.join(cell['source']).splitlines()) <= 25, 'logic belongs into mla/'
